@@ -1,0 +1,99 @@
+"""Every error a user of decal can cause.
+
+    DecalError                exit 2: asked wrongly
+    ├── ConfigError           run.yaml, --set, keyword arguments
+    ├── DataError             rows, layouts, templates, masks
+    ├── BaseModelError        a base that is missing, unreadable or not what it should be
+    ├── AdapterError          an adapter that is unreadable or does not fit its base
+    ├── TargetError           target_modules that match nothing or the wrong thing
+    ├── QuantError            weights or settings that a format cannot hold
+    ├── OutputError           an output folder in use                        (exit 2)
+    ├── StorageError          a full disk, a file that cannot be written     (exit 1)
+    ├── TrainingError         NaN, no gradient, nothing to train             (exit 1)
+    └── VerificationError     what was written is not what was meant         (exit 1)
+
+A message is one sentence, details below it, and `hint` says what to do. Problems of one kind are
+collected and raised once: counts first, then the first offender with both values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class DecalError(Exception):
+    """Base of all errors that decal raises on purpose.
+
+    Args:
+        message: one sentence that names the thing and both values.
+        details: further lines, shown indented below the message.
+        hint: what the user can do about it.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, details: Sequence[str] = (), hint: str | None = None):
+        super().__init__(message)
+        self.message = message
+        self.details = tuple(details)
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [self.message, *(f"  {d}" for d in self.details)]
+        if self.hint:
+            lines.append(f"hint: {self.hint}")
+        return "\n".join(lines)
+
+
+class ConfigError(DecalError):
+    """Settings that are unknown, of the wrong type, or contradict each other."""
+
+
+class DataError(DecalError):
+    """Training or evaluation data that cannot be read or would train nothing."""
+
+
+class BaseModelError(DecalError):
+    """A base model that is missing, unreadable, or not the one it should be."""
+
+
+class AdapterError(DecalError):
+    """An adapter that is unreadable, unsupported, or does not fit its base."""
+
+
+class TargetError(DecalError):
+    """Target modules that match nothing or cannot be adapted."""
+
+
+class QuantError(DecalError):
+    """Weights or settings that a quantization format cannot hold."""
+
+
+class OutputError(DecalError):
+    """An output that exists already."""
+
+
+class StorageError(DecalError):
+    """The disk refused: full, read-only, or gone."""
+
+    exit_code = 1
+
+
+class TrainingError(DecalError):
+    """Training that cannot go on: NaN, missing gradients, nothing trainable."""
+
+    exit_code = 1
+
+
+class VerificationError(DecalError):
+    """A written file differs from what was meant."""
+
+    exit_code = 1
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The known name closest to `name`, or None if none is close enough to suggest."""
+    import difflib
+
+    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return found[0] if found else None
