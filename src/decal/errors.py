@@ -10,7 +10,8 @@
     ├── OutputError           an output folder in use                        (exit 2)
     ├── StorageError          a full disk, a file that cannot be written     (exit 1)
     ├── TrainingError         NaN, no gradient, nothing to train             (exit 1)
-    └── VerificationError     what was written is not what was meant         (exit 1)
+    ├── VerificationError     what was written is not what was meant         (exit 1)
+    └── Interrupted           Ctrl-C, after what can be kept was kept        (exit 130)
 
 A message is one sentence, details below it, and `hint` says what to do. Problems of one kind are
 collected and raised once: counts first, then the first offender with both values.
@@ -18,6 +19,7 @@ collected and raised once: counts first, then the first offender with both value
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 
 
@@ -91,9 +93,13 @@ class VerificationError(DecalError):
     exit_code = 1
 
 
+class Interrupted(DecalError):
+    """The user stopped the work; the message says what was kept and how to go on."""
+
+    exit_code = 130
+
+
 def nearest(name: str, known: Sequence[str]) -> str | None:
     """The known name closest to `name`, or None if none is close enough to suggest."""
-    import difflib
-
     found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return found[0] if found else None
