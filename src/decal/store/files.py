@@ -1,0 +1,324 @@
+"""Atomic files and folders, and what a disk may refuse.
+
+Everything is written beside its destination, forced to disk, and renamed: a reader sees the old
+content or the new one, never half of it, whenever the process dies. What a killed process leaves
+behind is a hidden sibling; the next writer of the same destination removes it. A temporary folder
+is held with `flock` while its owner lives, so a live one is never taken for a leftover (a process
+id would not do: ids are reused, and differ between machines on a shared disk).
+
+Knows no formats: not safetensors, not PEFT, not runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from decal.errors import DecalError, OutputError, StorageError
+
+try:
+    import fcntl
+except ImportError:  # not POSIX: no locks, everything else works
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = [
+    "atomic_folder",
+    "check_free",
+    "file_lock",
+    "fsync_folder",
+    "read_json",
+    "require_space",
+    "scratch_folder",
+    "size_text",
+    "storage_error",
+    "write_bytes",
+    "write_json",
+    "write_text",
+    "writing",
+]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
+_NOT_A_FOLDER = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP}
+
+
+def size_text(count: int) -> str:
+    """A number of bytes in the unit a person would choose: `512 B`, `3.1 MB`, `14.2 GB`."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def storage_error(error: OSError, path: str | os.PathLike[str]) -> DecalError:
+    """The user's error for an OSError met while writing `path`."""
+    where = os.fspath(path)
+    if error.errno in _FULL:
+        return StorageError(
+            f"the disk is full: `{where}` could not be written",
+            hint="free some space or choose another disk; nothing is left half written",
+        )
+    if error.errno == errno.EROFS:
+        return StorageError(
+            f"`{where}` is on a read-only disk", hint="choose an output on a writable disk"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return StorageError(
+            f"no permission to write `{where}`",
+            hint="choose another output or change the folder's permissions",
+        )
+    if error.errno == errno.ENOENT:
+        return StorageError(
+            f"`{where}` disappeared while it was written", hint="another process removed its folder"
+        )
+    if error.errno in _NOT_A_FOLDER:
+        reason = os.strerror(error.errno or 0).lower()
+        return OutputError(f"`{where}` cannot be an output: {reason}", hint="choose another path")
+    return StorageError(f"`{where}` could not be written: {error.strerror or error}")
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an OSError inside the block into the error of `storage_error`."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
+def read_json(path: Path, error: type[DecalError], *, hint: str | None = None) -> dict[str, Any]:
+    """The JSON object in `path`; raises `error`, naming the file, for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        reason = problem.strerror or str(problem)
+        raise error(f"`{path}` cannot be read: {reason.lower()}", hint=hint) from problem
+    except ValueError as problem:
+        empty = path.stat().st_size == 0
+        reason = "it is empty" if empty else f"it is not valid JSON ({problem})"
+        raise error(f"`{path}` cannot be read: {reason}", hint=hint) from problem
+    if not isinstance(value, dict):
+        raise error(f"`{path}` cannot be read: it holds no JSON object", hint=hint)
+    return value
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces `path` by a file with `data`, atomically; raises StorageError or OutputError."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with writing(path):
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        fsync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_bytes` of an indented JSON document; NaN and infinity are refused (ValueError)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def fsync_folder(folder: Path) -> None:
+    """Forces a folder's entries to disk, where the system can do that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def require_space(out: Path, needed: int) -> None:
+    """Raises StorageError unless the disk under `out` has `needed` bytes free."""
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise StorageError(
+            f"`{out}` needs {size_text(needed)}, its disk has {size_text(free)} free",
+            hint="free some space or choose an output on another disk",
+        )
+
+
+def check_free(out: Path, *, force: bool, hint: str | None = None) -> None:
+    """Raises OutputError if `out` is a file, or a non-empty folder and `force` is off.
+
+    With `force`, a folder that no output can be (the home folder, or one that holds the working
+    directory) is still refused, because replacing it would remove far more than an old output.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise OutputError(f"`{out}` is a file, not a folder", hint="choose another output")
+    with writing(out):
+        occupied = any(out.iterdir())
+    if not occupied:
+        return
+    if not force:
+        hint = hint or "choose another output, or replace it with --force"
+        raise OutputError(f"`{out}` exists and is not empty", hint=hint)
+    place = out.resolve()
+    if place in (Path.home().resolve(), Path.cwd(), *Path.cwd().parents):
+        raise OutputError(
+            f"`{out}` is the home folder or holds the working directory: never replaced",
+            hint="choose another output",
+        )
+
+
+def file_lock(handle: int) -> bool:
+    """Takes an exclusive lock on an open file or folder; False if another process holds it.
+
+    The lock ends with the process that holds it, however that ends. Where the disk knows no locks
+    (some network disks), it is taken as free.
+    """
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in _NO_LOCKS
+    return True
+
+
+@contextmanager
+def atomic_folder(
+    out: str | os.PathLike[str], *, force: bool = False, hint: str | None = None
+) -> Iterator[Path]:
+    """Yields an empty hidden folder beside `out` that becomes `out` when the block ends well.
+
+    On any exception, Ctrl-C included, the hidden folder is removed and `out` is as it was. With
+    `force`, a non-empty `out` is replaced as a whole.
+
+    Raises:
+        OutputError: `out` is a file, or not empty without `force` (with `hint`).
+        StorageError: the disk refused; OSErrors of the block about the new folder included.
+    """
+    target = Path(os.path.realpath(out))
+    with scratch_folder(target) as temporary:
+        check_free(Path(out), force=force, hint=hint)
+        yield temporary
+        _sync_tree(temporary)
+        _put_in_place(temporary, target)
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Yields an empty hidden folder on `target`'s disk, beside it; it is gone after the block.
+
+    What dead writers of `target` left is removed first. OSErrors of the block about the folder
+    become the errors of `storage_error`.
+    """
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target)
+        temporary, handle = _hidden_sibling(target)
+    try:
+        yield temporary
+    except BaseException as error:
+        mapped = _about(error, temporary, target)
+        if mapped is error:
+            raise
+        raise mapped from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if handle >= 0:
+            os.close(handle)
+
+
+def _hidden_sibling(target: Path) -> tuple[Path, int]:
+    while True:
+        folder = target.with_name(f".{target.name}.decal-{secrets.token_hex(4)}")
+        folder.mkdir()
+        if os.name != "posix":
+            return folder, -1
+        # A sweep of another process may come between the two calls; then take a new name.
+        with suppress(FileNotFoundError):
+            handle = os.open(folder, os.O_RDONLY)
+            if file_lock(handle) and folder.exists():
+                return folder, handle
+            os.close(handle)
+
+
+def _sweep(target: Path) -> None:
+    """Removes what dead writers of `target` left, and puts back what a replacement had moved."""
+    for folder in target.parent.glob(f".{_glob_literal(target.name)}.decal-*"):
+        if os.name != "posix":
+            continue
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            if not file_lock(handle):
+                continue
+            if folder.name.endswith("-old") and not target.exists():
+                os.rename(folder, target)
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _glob_literal(name: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(root, name), "rb") as file:
+                os.fsync(file.fileno())
+        fsync_folder(Path(root))
+
+
+def _put_in_place(temporary: Path, target: Path) -> None:
+    if target.exists() and any(target.iterdir()):
+        old = temporary.with_name(temporary.name + "-old")
+        os.rename(target, old)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        os.replace(temporary, target)
+    fsync_folder(target.parent)
+
+
+def _about(error: BaseException, temporary: Path, out: str | os.PathLike[str]) -> BaseException:
+    """The user's error if the block failed to write, else the error itself.
+
+    An OSError without a file name comes from a write; one about another file is a reader's, and
+    readers name their own files. Rust's writers (safetensors, tokenizers) raise no OSError, but
+    their message ends in the system's number.
+    """
+    if isinstance(error, OSError):
+        name = error.filename
+        if name is None or str(name).startswith(str(temporary)):
+            return storage_error(error, out)
+    elif isinstance(error, Exception) and not isinstance(error, DecalError):
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found:
+            number = int(found[1])
+            return storage_error(OSError(number, os.strerror(number)), out)
+    return error
