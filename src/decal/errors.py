@@ -93,7 +93,7 @@ class VerificationError(DecalError):
     exit_code = 1
 
 
-class Interrupted(DecalError):
+class Interrupted(DecalError):  # noqa: N818 (nothing went wrong)
     """The user stopped the work; the message says what was kept and how to go on."""
 
     exit_code = 130
