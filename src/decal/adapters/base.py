@@ -76,7 +76,12 @@ class Routing:
 class Adapter(Protocol):
     """A small trainable delta on one base layer."""
 
-    def forward(self, x: Tensor, y_base: Tensor, base: BaseLayer) -> Tensor: ...
+    def forward(self, x: Tensor, y_base: Tensor, base: BaseLayer, factor: float = 1.0) -> Tensor:
+        """The adapted output. `factor` is the adapter's share in a weighted set.
+
+        `y_base` is consumed: it may be the tensor that comes back.
+        """
+        ...
 
     def merged(self, weight: Tensor) -> Tensor:
         """W' in float32 for a [out, in] weight in logical orientation."""

@@ -1,0 +1,120 @@
+"""Adapter: settings and trained tensors in memory, without a model.
+
+Reads and writes the PEFT folder through `store`. Whether the adapter fits a model is decided where
+it meets one, in `attach`.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from decal.config import LoraConfig
+from decal.model.inject import adapter_state, adapters_of
+from decal.store.peft import LoraTensors, PeftAdapter, read_adapter, write_adapter
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Adapter:
+    """One adapter: `attach(model, adapter)` puts it on a model."""
+
+    config: LoraConfig
+    """Its settings, PEFT's names."""
+    tensors: Mapping[str, tuple[Tensor, Tensor]]
+    """Module name -> (A [r, in], B [out, r]), float32."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """decal's own facts (`decal.*`): the base's fingerprint, how it was quantized, versions."""
+    base: str | None = None
+    """Hub id or folder of the base model it was trained on, if known."""
+    revision: str | None = None
+    task_type: str | None = "CAUSAL_LM"
+    fan_in_fan_out: bool = False
+    """Whether the base stores its weights as [in, out], as GPT-2 does. PEFT wants to know."""
+    source: str = "in memory"
+    """Where it was read from, for messages."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Adapter:
+        """Reads a PEFT adapter folder; raises AdapterError for what is not plain LoRA."""
+        read = read_adapter(path)
+        return cls(
+            config=read.config,
+            tensors=read.tensors,
+            metadata=read.metadata,
+            base=read.base_model_name_or_path,
+            revision=read.revision,
+            task_type=read.task_type,
+            fan_in_fan_out=read.fan_in_fan_out,
+            source=str(path),
+        )
+
+    @classmethod
+    def from_model(cls, model: nn.Module, name: str = "default", **facts: Any) -> Adapter:
+        """A copy of an attached adapter on the CPU; `facts` are further fields (metadata, …).
+
+        Raises AdapterError if the model has no adapter of that name.
+        """
+        state = adapter_state(model, name)
+        tensors = {
+            module: LoraTensors(*(t.detach().to("cpu", copy=True) for t in parts[:2]))
+            for module, parts in state.items()
+        }
+        originals = (m for m in model.modules() if type(m).__name__ == "Conv1D")
+        named: dict[str, Any] = {
+            "base": getattr(model, "name_or_path", None) or None,
+            "fan_in_fan_out": next(originals, None) is not None,
+            "source": name,
+        }
+        return cls(config=adapters_of(model)[name], tensors=tensors, **{**named, **facts})
+
+    def save_pretrained(self, path: str | Path, *, force: bool = False) -> None:
+        """Writes a PEFT adapter folder, read again and compared before it is in place.
+
+        Raises:
+            OutputError: `path` is there and not empty, and `force` is not set.
+            StorageError: the disk refused.
+            VerificationError: what was read again is not what was written.
+        """
+        peft = PeftAdapter(
+            config=self.config,
+            tensors={m: LoraTensors(A, B) for m, (A, B) in self.tensors.items()},
+            metadata=dict(self.metadata),
+            base_model_name_or_path=self.base,
+            revision=self.revision,
+            task_type=self.task_type,
+            fan_in_fan_out=self.fan_in_fan_out,
+        )
+        write_adapter(path, peft, exist="replace" if force else "refuse")
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors."""
+        return sum(A.numel() + B.numel() for A, B in self.tensors.values())
+
+    def _facts(self) -> list[tuple[str, str]]:
+        c = self.config
+        kinds = dict.fromkeys(module.rpartition(".")[2] for module in self.tensors)
+        return [
+            ("base", self.base or "unknown"),
+            ("r", str(c.r)),
+            ("lora_alpha", f"{c.lora_alpha:g}"),
+            ("scaling", f"{c.scaling:g}" + (" (rslora)" if c.use_rslora else "")),
+            ("lora_dropout", f"{c.lora_dropout:g}"),
+            ("modules", f"{len(self.tensors)} ({', '.join(kinds)})"),
+            ("parameters", f"{self.parameters:,}"),
+        ]
+
+    def __repr__(self) -> str:
+        return f"Adapter({', '.join(f'{name}={value}' for name, value in self._facts())})"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>"
+            for name, value in self._facts()
+        )
+        return f"<table>{rows}</table>"
