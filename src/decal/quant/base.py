@@ -32,7 +32,7 @@ class Packed:
     """One quantized weight.
 
     `parts` are the tensors that must be stored, by the format's own part names (for 4-bit formats:
-    `weight` uint8 [n/2, 1], `absmax`, and with double quantization `nested_absmax`,
+    `weight_packed` uint8 [n/2, 1], `absmax`, and with double quantization `nested_absmax`,
     `nested_offset` float32 []). They hold all that varies: the codebooks are the format's.
     """
 
@@ -65,6 +65,8 @@ class QuantFormat(Protocol):
         """grad [..., out] times the weight -> [..., in], in grad's dtype, no gradient."""
         ...
 
-    def part_shapes(self, shape: tuple[int, int], recipe: Recipe) -> dict[str, tuple[tuple[int, ...], dtype]]:
+    def part_shapes(
+        self, shape: tuple[int, int], recipe: Recipe
+    ) -> dict[str, tuple[tuple[int, ...], dtype]]:
         """Names, shapes and dtypes of the parts of a weight of `shape`, without any data."""
         ...
