@@ -1,0 +1,322 @@
+"""The run folder: everything one training leaves, written so that it can be killed at any moment.
+
+    run.yaml        the settings, as text
+    info.json       versions, machine, threads, the base's fingerprint, the quantizer's identity
+    metrics.jsonl   one JSON object per line; NaN and infinity become null
+    loss.png
+    checkpoints/step-00000100/{trainable,optimizer}.safetensors, state.json
+    adapter/ or model/      the result
+
+A checkpoint is a folder that is written beside, forced to disk and renamed. Its state.json holds
+the sha256 of every other file and of the state itself, so a checkpoint that a failing disk or a
+copy damaged is found out before it is used, and the one before it is taken. One process at a time
+may hold the folder: the lock is the kernel's (flock), so a killed process cannot leave it locked.
+
+Knows no optimizer, no model and no schedule: tensors by name, and a state that is plain JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from decal.errors import DecalError, OutputError, StorageError
+from decal.store.files import (
+    atomic_folder,
+    check_free,
+    file_lock,
+    read_json,
+    write_json,
+    write_text,
+    writing,
+)
+from decal.store.tensorfile import load_tensors, read_header, save_tensors
+
+__all__ = ["Checkpoint", "RunFolder"]
+
+_STEP = re.compile(r"step-(\d{8,})")
+_KEPT = 2
+"""Newest checkpoints that rotation leaves; two, so that one may turn out damaged."""
+_OWN = ("run.yaml", "info.json", "metrics.jsonl", "loss.png", "checkpoints", "adapter", "model")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files were found sound."""
+
+    step: int
+    path: Path
+    state: dict[str, Any]
+    warning: str | None = None
+    """Set if a newer checkpoint was damaged and passed over: one sentence for the user."""
+
+    def tensors(self, stem: str) -> dict[str, Tensor]:
+        """The tensors written under `stem`, on the CPU, in memory of their own."""
+        return load_tensors(read_header(self.path / f"{stem}.safetensors", StorageError))
+
+
+class RunFolder:
+    """One run's folder, held by this process until `close` (or the end of a `with` block).
+
+    Make one with `create` or `open`.
+    """
+
+    def __init__(self, path: Path, lock: int):
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def create(
+        cls, path: str | os.PathLike[str], settings: str, *, force: bool = False
+    ) -> RunFolder:
+        """Begins a run: the folder, held, with `settings` in run.yaml.
+
+        With `force`, what an earlier run left is removed; files that are no run's stay.
+
+        Raises:
+            OutputError: the folder is not empty, or another process trains into it.
+            StorageError: the disk refused.
+        """
+        out = Path(path)
+        hint = "go on with --resume, start over with --force, or choose another output"
+        if not _only_lock(out):
+            check_free(out, force=force, hint=hint)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+        run = cls(out, _hold(out))
+        try:
+            with writing(out):
+                for name in _OWN:
+                    _remove(out / name)
+            write_text(out / "run.yaml", settings)
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """Holds the folder of a run that began earlier.
+
+        Raises:
+            OutputError: there is no run, or another process trains into it.
+        """
+        out = Path(path)
+        if not (out / "run.yaml").is_file():
+            raise OutputError(f"`{out}` holds no run", hint="start one without --resume")
+        return cls(out, _hold(out))
+
+    def close(self) -> None:
+        """Lets the folder go. Closing twice is fine."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def settings(self) -> str:
+        """The text of run.yaml."""
+        with writing(self.path):
+            return (self.path / "run.yaml").read_text(encoding="utf-8")
+
+    def write_info(self, info: Mapping[str, Any]) -> None:
+        """Replaces info.json."""
+        write_json(self.path / "info.json", _finite(dict(info)))
+
+    def info(self) -> dict[str, Any]:
+        """What info.json says; empty if there is none. Raises OutputError if it is damaged."""
+        path = self.path / "info.json"
+        return read_json(path, OutputError) if path.exists() else {}
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Adds one line to metrics.jsonl and hands it to the system at once.
+
+        A number that is not finite becomes null: NaN is no JSON.
+        """
+        line = json.dumps(_finite(dict(row)), allow_nan=False) + "\n"
+        with writing(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
+        if not self._metrics.exists():
+            return []
+        rows = []
+        for line in self._metrics.read_bytes().splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                rows.append(row)
+        return rows
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the rows after `step`, which a resumed run writes again, and a torn last line."""
+        kept = [row for row in self.metrics() if row.get("step", 0) <= step]
+        text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept)
+        write_text(self._metrics, text)
+
+    def write_checkpoint(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        best: int | None = None,
+    ) -> Path:
+        """Writes checkpoints/step-N, then removes all but the newest two and that of step `best`.
+
+        Checkpoints of later steps go too: they are damaged ones that a resumed run had passed over.
+
+        `tensors` maps file stems to CPU tensors. `state` is plain JSON without NaN; floats come
+        back to the bit. Raises StorageError if the disk refuses; older checkpoints are then as they
+        were.
+        """
+        folder = self._checkpoints / f"step-{step:08d}"
+        plain = json.loads(json.dumps(dict(state), allow_nan=False))
+        with atomic_folder(folder, force=True) as place:
+            for stem, named in tensors.items():
+                save_tensors(place / f"{stem}.safetensors", named, {"format": "pt"})
+            document = {
+                "step": step,
+                "sha256": {file.name: _hash(file) for file in sorted(place.iterdir())},
+                "state_sha256": _state_hash(plain),
+                "state": plain,
+            }
+            write_json(place / "state.json", document)
+        with writing(self._checkpoints):
+            self._rotate(step, best)
+        return folder
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """The checkpoint of one step. Raises StorageError if it is missing or damaged."""
+        folder = self._checkpoints / f"step-{step:08d}"
+        if not folder.is_dir():
+            raise StorageError(f"run `{self.path}` has no checkpoint of step {step}")
+        return _read_checkpoint(folder)
+
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """The newest sound checkpoint, or None if the run has none yet.
+
+        Where a newer one is damaged, `warning` says so. Raises StorageError if all are damaged.
+        """
+        damaged: list[str] = []
+        for step in reversed(self.steps()):
+            try:
+                found = _read_checkpoint(self._checkpoints / f"step-{step:08d}")
+            except DecalError as error:
+                damaged.append(error.message)
+                continue
+            if not damaged:
+                return found
+            warning = f"going back to step {found.step}, because {damaged[0]}"
+            return Checkpoint(found.step, found.path, found.state, warning)
+        if damaged:
+            raise StorageError(
+                f"run `{self.path}`: none of its {len(damaged)} checkpoints is sound",
+                details=damaged[:1],
+                hint="start over with --force, or choose another output",
+            )
+        return None
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in order."""
+        if not self._checkpoints.is_dir():
+            return []
+        found = (_STEP.fullmatch(folder.name) for folder in self._checkpoints.iterdir())
+        return sorted(int(m[1]) for m in found if m)
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def _rotate(self, newest: int, best: int | None) -> None:
+        steps = self.steps()
+        kept = {best, *[step for step in steps if step <= newest][-_KEPT:]}
+        for step in steps:
+            if step not in kept:
+                _remove(self._checkpoints / f"step-{step:08d}")
+
+
+def _only_lock(out: Path) -> bool:
+    return out.is_dir() and all(f.name == ".lock" for f in out.iterdir())
+
+
+def _hold(out: Path) -> int:
+    with writing(out):
+        handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    if file_lock(handle):
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        return handle
+    owner = os.pread(handle, 32, 0).decode("ascii", "replace")
+    os.close(handle)
+    raise OutputError(
+        f"another process (id {owner}) trains into `{out}`",
+        hint="wait for it, stop it, or choose another output",
+    )
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _state_hash(state: dict[str, Any]) -> str:
+    text = json.dumps(state, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_checkpoint(folder: Path) -> Checkpoint:
+    document = read_json(folder / "state.json", StorageError)
+    manifest: Any = document.get("sha256")
+    state: Any = document.get("state")
+    complete = isinstance(manifest, dict) and isinstance(state, dict)
+    if not complete or _state_hash(state) != document.get("state_sha256"):
+        raise StorageError(f"`{folder / 'state.json'}` is not what was written")
+    for name, digest in manifest.items():
+        file = folder / Path(name).name
+        try:
+            found = _hash(file)
+        except OSError as error:
+            raise StorageError(f"`{file}` cannot be read: {error.strerror}") from error
+        if found != digest:
+            raise StorageError(f"`{file}` is not what was written")
+    return Checkpoint(int(document["step"]), folder, state)
