@@ -1,0 +1,192 @@
+"""What a run must remember to go on as if it had never stopped, and nothing else.
+
+A checkpoint is three files: the trainable tensors, the optimizer's tensors, and state.json with
+everything that is not a tensor of the model: the step (which is also the position in the data),
+the best evaluation so far, the loss scale, torch's random generators, counters, and the
+circumstances (versions, threads, settings) under which "to the bit" holds. Knows no file formats;
+the run folder writes and reads.
+
+The random generators are kept although decal's dropout and data order are hashes of the seed: a
+base model or a loss of somebody else's may draw from them.
+"""
+
+from __future__ import annotations
+
+import base64
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decal.errors import StorageError, TrainingError
+from decal.train.events import Checkpoint, Job, Note, Saved
+from decal.train.optim import Optimizer, misfit
+
+PACKAGES = ("decal", "torch", "transformers")
+
+
+@dataclass
+class Progress:
+    """How far the run has come."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best_loss: float | None = None
+    best_step: int | None = None
+    tokens: int = 0
+    trained_tokens: int = 0
+    step_seconds: float = 0.0
+    """In steps alone."""
+    seconds: float = 0.0
+    """Wall time of the sittings before this one."""
+    curve: list[tuple[int, float]] = field(default_factory=list)
+    eval_curve: list[tuple[int, float]] = field(default_factory=list)
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """What must be equal for two runs to agree to the bit."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "none"
+    cuda = device.type == "cuda"
+    return {
+        **versions,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+    }
+
+
+def save(job: Job, optimizer: Optimizer, progress: Progress, seconds: float) -> None:
+    """Writes the checkpoint of the current step.
+
+    Raises:
+        StorageError: the disk refused; the previous checkpoint is as it was.
+    """
+    best = {"step": progress.best_step, "loss": progress.best_loss}
+    state = {
+        "step": progress.step,
+        "best": best if progress.best_step is not None else None,
+        "scaler": optimizer.scaler_state(),
+        "rng": _generators(optimizer.device),
+        "tokens": progress.tokens,
+        "trained_tokens": progress.trained_tokens,
+        "step_seconds": progress.step_seconds,
+        "seconds": seconds,
+        "circumstances": circumstances(optimizer.device),
+        "settings": job.settings.model_dump(),
+    }
+    trainable = {name: p.detach() for name, p in job.parameters.items()}
+    tensors = {"trainable": trainable, "optimizer": optimizer.tensors()}
+    job.run.write_checkpoint(progress.step, tensors, state)
+    job.observe(Saved(step=progress.step))
+
+
+def restore(job: Job, optimizer: Optimizer) -> Progress:
+    """Sets parameters, optimizer and generators to the newest checkpoint, if there is one.
+
+    Metrics of steps after it are dropped. Differences in settings or circumstances are warned of.
+
+    Raises:
+        TrainingError: the checkpoint belongs to other parameters.
+    """
+    found, warnings = job.run.latest_checkpoint()
+    for text in warnings:
+        job.observe(Note(text=text))
+    if found is None:
+        job.run.truncate_metrics(0)
+        return Progress()
+    state = found.state
+    _warn_of_changes(job, optimizer, state)
+    load_trainable(job, found)
+    optimizer.load(found.tensors("optimizer"), state["scaler"])
+    _set_generators(state["rng"], optimizer.device)
+    job.run.truncate_metrics(found.step)
+    lines = job.run.read_metrics()
+    progress = Progress(
+        step=found.step,
+        tokens=state["tokens"],
+        trained_tokens=state["trained_tokens"],
+        step_seconds=state["step_seconds"],
+        seconds=state["seconds"],
+        curve=[(line["step"], line["loss"]) for line in lines if "loss" in line],
+        eval_curve=[(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line],
+    )
+    if state["best"] is not None:
+        _take_best(job, progress, state["best"])
+    return progress
+
+
+def load_trainable(job: Job, found: Checkpoint) -> None:
+    """Copies a checkpoint's weights into the parameters: a strict bijection of names and shapes."""
+    saved = found.tensors("trainable")
+    wrong = [f"{n}: not among the trainable tensors" for n in saved if n not in job.parameters]
+    for name, parameter in job.parameters.items():
+        if name not in saved:
+            wrong.append(f"{name}: not in the checkpoint")
+        elif _kind(saved[name]) != _kind(parameter):
+            has, wants = _kind(saved[name]), _kind(parameter)
+            wrong.append(f"{name}: the checkpoint has {has}, the model has {wants}")
+    if wrong:
+        raise misfit("weights", wrong)
+    with torch.no_grad():
+        for name, parameter in job.parameters.items():
+            parameter.copy_(saved[name])
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _take_best(job: Job, progress: Progress, best: Mapping[str, Any]) -> None:
+    """Goes on comparing with the best so far, provided that its weights can still be read."""
+    if best["step"] != progress.step:
+        try:
+            job.run.checkpoint(best["step"]).tensors("trainable")
+        except (StorageError, TrainingError) as error:
+            text = f"the best weights so far (step {best['step']}) are lost: {error.message}"
+            job.observe(Note(text=text))
+            return
+    progress.best_loss, progress.best_step = best["loss"], best["step"]
+
+
+def _warn_of_changes(job: Job, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
+    now = circumstances(optimizer.device)
+    changed = _differences(state["circumstances"], now)
+    if changed:
+        text = "the run goes on, but not to the bit as it would have: " + ", ".join(changed)
+        job.observe(Note(text=text))
+    changed = _differences(state["settings"], job.settings.model_dump())
+    if changed:
+        text = "the run goes on with other settings: " + ", ".join(changed)
+        job.observe(Note(text=text))
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} was {before.get(key)}, is {now.get(key)}"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+
+
+def _generators(device: torch.device) -> dict[str, str]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {k: base64.b64encode(bytes(s.tolist())).decode() for k, s in states.items()}
+
+
+def _set_generators(states: Mapping[str, str], device: torch.device) -> None:
+    raw = {k: torch.tensor(list(base64.b64decode(s)), dtype=torch.uint8) for k, s in states.items()}
+    torch.set_rng_state(raw["cpu"])
+    if device.type == "cuda" and "cuda" in raw:
+        torch.cuda.set_rng_state(raw["cuda"], device)

@@ -1,0 +1,291 @@
+"""The training loop. Read this file first.
+
+A training is a job (events.py): a callable that turns a micro-batch into a loss, the parameters it
+depends on, the data as optimizer steps, and a run folder. The loop does not know what the model
+is, whether its base is quantized, what an adapter is, how text became tokens, or what a file looks
+like. `train` is one screen: for every step, learn from it, write it down, evaluate and save when
+due.
+
+The loss of a step. With micro-batches m of the step, tokens t that are trained, and N the number
+of trained tokens of the whole step,
+
+    loss = sum_m sum_t loss_t / N        so each micro-batch is divided by N, not by its own count
+
+and one gradient comes out however the step is cut. The usual mean of means weights a token by how
+few others happened to share its micro-batch.
+
+The order within a step is what makes it safe to stop anywhere:
+
+    forward and backward of all micro-batches -> losses and gradient norm are looked at
+    -> update -> a line in metrics.jsonl -> evaluation -> checkpoint
+
+Losses and norm reach the CPU together, once a step, before the update: a GPU is not held up for
+each micro-batch, and no NaN ever gets into weights, optimizer or checkpoints. A resumed run drops
+the metrics after its checkpoint and does those steps again, the same to the bit: the data are a
+function of the step's index, dropout is a function of seed, epoch and position, and everything
+else is in the checkpoint.
+
+In the first two steps every trainable tensor must have seen a gradient other than zero (with B = 0
+LoRA's A sees its first in step 2). One that has not is not part of the forward pass, and would be
+saved as if it had been trained.
+
+Evaluations keep sums only. Whenever one is the best so far a checkpoint is written, and at the end
+the parameters are set to the best (`keep: best`) or left as they are (`keep: last`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from decal.config import TrainConfig
+from decal.errors import TrainingError
+from decal.train import checkpoint
+from decal.train.checkpoint import Progress
+from decal.train.events import EvalDone, Evaluating, Job, Result, Step, StepDone
+from decal.train.memory import PeakMemory
+from decal.train.optim import Optimizer, lr_at
+from decal.train.stop import StopSignal
+from decal.train.trouble import (
+    broken_gradients,
+    calmer,
+    interrupted,
+    refuse_not_finite,
+    refuse_untrainable,
+    refuse_unusable,
+    rows_of,
+    unheard,
+)
+
+EVALS_PER_RUN = 10
+STEPS_TO_BE_HEARD = 2
+"""Updates after which a tensor without gradient is an error."""
+RECENT = 20
+"""Steps over which the speed is averaged."""
+
+
+def total_steps(steps_per_epoch: int, settings: TrainConfig) -> int:
+    """Optimizer steps of the whole run: `max_steps`, or epochs times steps rounded up."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    return max(1, math.ceil(round(settings.epochs * steps_per_epoch, 6)))
+
+
+def train(job: Job) -> Result:
+    """Trains `job.parameters` in place.
+
+    Raises:
+        TrainingError: nothing to train, NaN or infinity, tensors without a gradient, a checkpoint
+            of other parameters.
+        StorageError: metrics or a checkpoint could not be written; earlier checkpoints are intact.
+        Interrupted: Ctrl-C; a checkpoint of the last whole step was written.
+    """
+    refuse_untrainable(job)
+    total = total_steps(job.steps.steps_per_epoch, job.settings)
+    eval_every = job.settings.eval_every or math.ceil(total / EVALS_PER_RUN)
+    save_every = job.settings.save_every or eval_every
+    optimizer = Optimizer(job.parameters, job.settings, scale_loss=job.scale_loss)
+    with (
+        closing(optimizer),
+        PeakMemory(optimizer.device) as memory,
+        StopSignal(job.observe) as stop,
+    ):
+        progress = checkpoint.restore(job, optimizer) if job.resume else _begin(job)
+        clock = _Clock(progress, total)
+
+        for step in islice(job.steps.steps(progress.step), total - progress.step):
+            lr = lr_at(step.index, total, job.settings)
+            done = _learn(job, optimizer, step, lr, stop.poll)
+            progress.step = step.index + 1
+            _record(job, progress, clock, step, lr, done)
+
+            best = False
+            if progress.step % eval_every == 0 or progress.step == total:
+                best = _evaluate(job, progress, stop.poll)
+            due = progress.step % save_every == 0 or progress.step == total
+            if due or best or stop.requested:
+                checkpoint.save(job, optimizer, progress, clock.seconds())
+            if stop.requested:
+                raise interrupted(progress.step, total)
+
+        if progress.step < total:
+            raise TrainingError(f"the data ended after step {progress.step} of {total}")
+        kept = _keep(job, progress)
+        return _result(progress, kept, clock.seconds(), memory)
+
+
+def _begin(job: Job) -> Progress:
+    job.run.truncate_metrics(0)
+    return Progress()
+
+
+class _Clock:
+    """Speed over the last steps, and the time that is left at the pace of this sitting."""
+
+    def __init__(self, progress: Progress, total: int):
+        self.total = total
+        self._first = progress.step
+        self._earlier = progress.seconds
+        self._started = time.perf_counter()
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)
+
+    def add(self, done: _Done) -> None:
+        self._recent.append((done.tokens, done.seconds))
+
+    def seconds(self) -> float:
+        """Wall time of all sittings."""
+        return self._earlier + time.perf_counter() - self._started
+
+    def tokens_per_second(self) -> float:
+        return sum(t for t, _ in self._recent) / max(sum(s for _, s in self._recent), 1e-9)
+
+    def eta(self, step: int) -> float:
+        pace = (time.perf_counter() - self._started) / (step - self._first)
+        return pace * (self.total - step)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What one step left behind, as plain numbers."""
+
+    loss: float
+    norm: float | None
+    trained: int
+    tokens: int
+    seconds: float
+
+
+def _learn(
+    job: Job, optimizer: Optimizer, step: Step, lr: float, poll: Callable[[], None]
+) -> _Done:
+    """One optimizer step; nothing is updated if its losses or gradients are not finite."""
+    started = time.perf_counter()
+    trained = sum(batch.trained for batch in step.micro)
+    if trained == 0:
+        raise TrainingError(f"step {step.index + 1} has no trained token", details=[rows_of(step)])
+    losses: list[Tensor] = []
+    for batch in step.micro:
+        loss, counted = job.loss(batch, step.epoch)
+        refuse_unusable(step, batch, loss, counted)
+        optimizer.backward(loss / trained)
+        losses.append(loss.detach())
+        poll()
+
+    norm = optimizer.gradient_norm()
+    *values, size = torch.stack([*losses, norm.to(losses[0])]).tolist()
+    refuse_not_finite(job.settings, step, values)
+    skipped = False
+    if math.isfinite(size):
+        optimizer.update(lr, norm)
+    else:
+        skipped = optimizer.skip()
+        if not skipped:
+            raise broken_gradients(job.settings, step, optimizer.not_finite())
+    if optimizer.silent and optimizer.updates >= STEPS_TO_BE_HEARD:
+        raise unheard(optimizer.silent, len(job.parameters))
+    return _Done(
+        loss=sum(values) / trained,
+        norm=None if skipped else size,
+        trained=trained,
+        tokens=sum(batch.tokens for batch in step.micro),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _record(
+    job: Job, progress: Progress, clock: _Clock, step: Step, lr: float, done: _Done
+) -> None:
+    """A line in metrics.jsonl, the counters, and the observer, in this order."""
+    line = {
+        "step": progress.step,
+        "epoch": step.epoch,
+        "loss": done.loss,
+        "lr": lr,
+        "grad_norm": done.norm,
+        "tokens": done.tokens,
+        "trained_tokens": done.trained,
+        "seconds": round(done.seconds, 4),
+    }
+    job.run.append_metrics(line)
+    progress.tokens += done.tokens
+    progress.trained_tokens += done.trained
+    progress.step_seconds += done.seconds
+    progress.curve.append((progress.step, done.loss))
+    clock.add(done)
+    job.observe(
+        StepDone(
+            step=progress.step,
+            total=clock.total,
+            epoch=step.epoch,
+            loss=done.loss,
+            lr=lr,
+            grad_norm=done.norm,
+            tokens=done.tokens,
+            tokens_per_second=clock.tokens_per_second(),
+            eta=clock.eta(progress.step),
+        )
+    )
+
+
+def _evaluate(job: Job, progress: Progress, poll: Callable[[], None]) -> bool:
+    """Loss per trained token over the evaluation batches; True if it is the lowest so far."""
+    if not job.eval_batches:
+        return False
+    total: Tensor | None = None
+    count = 0
+    with torch.no_grad():
+        for number, batch in enumerate(job.eval_batches, 1):
+            loss, counted = job.loss(batch, None)
+            total = loss.double() if total is None else total + loss.double()
+            count += counted
+            job.observe(Evaluating(step=progress.step, batch=number, batches=len(job.eval_batches)))
+            poll()
+    value = float(total) / count if total is not None and count else math.nan
+    if not math.isfinite(value):
+        raise TrainingError(
+            f"the evaluation loss after step {progress.step} is {value}",
+            details=[f"{count} trained tokens in {len(job.eval_batches)} evaluation batches"],
+            hint=calmer(job.settings),
+        )
+    best = progress.best_loss is None or value < progress.best_loss
+    if best:
+        progress.best_loss, progress.best_step = value, progress.step
+    progress.eval_curve.append((progress.step, value))
+    job.run.append_metrics({"step": progress.step, "eval_loss": value})
+    job.observe(EvalDone(step=progress.step, eval_loss=value, best=best))
+    return best
+
+
+def _keep(job: Job, progress: Progress) -> int:
+    """Sets the parameters to the weights that the settings ask for; returns their step."""
+    best = progress.best_step
+    if job.settings.keep == "last" or best is None or best == progress.step:
+        return progress.step
+    checkpoint.load_trainable(job, job.run.checkpoint(best))
+    return best
+
+
+def _result(progress: Progress, kept: int, seconds: float, memory: PeakMemory) -> Result:
+    return Result(
+        steps=progress.step,
+        loss=progress.curve[-1][1],
+        eval_loss=progress.eval_curve[-1][1] if progress.eval_curve else None,
+        best_eval_loss=progress.best_loss,
+        best_step=progress.best_step,
+        kept_step=kept,
+        seconds=seconds,
+        tokens=progress.tokens,
+        trained_tokens=progress.trained_tokens,
+        tokens_per_second=progress.tokens / progress.step_seconds,
+        memory=memory.peak(),
+        curve=tuple(progress.curve),
+        eval_curve=tuple(progress.eval_curve),
+    )

@@ -1,0 +1,241 @@
+"""AdamW on float32 masters, the gradient norm, and the learning rate as a pure function.
+
+Knows no batches and no files; the optimizer's state goes out and comes in as named tensors.
+
+Precision. LoRA parameters are float32 and are updated in place. For full fine-tuning the model's
+parameters may be 16-bit; a 16-bit weight cannot take updates smaller than 2^-9 of itself, and at
+a learning rate of 1e-5 nearly all are. So every 16-bit parameter has a float32 master here: its
+gradient is added to the master's in float32 as soon as backward has produced it (so summing
+micro-batches rounds nothing and 16-bit gradients are never held all at once), AdamW updates the
+master, and the parameter becomes the rounded master. The price is 16 bytes a weight: 4 each for
+master, gradient and the two moments. Keeping bf16 moments and rounding stochastically would halve
+that; it is not exact on resume across devices, and is not done.
+
+Weight decay acts on tensors of two or more dimensions; biases and norms are left alone.
+
+The gradient's scale with float16 (`scale_loss`) is torch's GradScaler: a step whose gradients
+overflow is skipped and the scale halved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from decal.config import TrainConfig
+from decal.errors import TrainingError
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+FUSED_ON = ("cpu", "cuda")
+"""Device types with one kernel for all of AdamW: on a CPU ten times faster for small tensors."""
+STATE = ("exp_avg", "exp_avg_sq", "step")
+MASTER = "master"
+
+
+def warmup_steps(total: int, share: float) -> int:
+    """Steps below the peak at the start: the share rounded up, but never the whole run."""
+    return min(math.ceil(round(total * share, 6)), total - 1)
+
+
+def lr_at(step: int, total: int, config: TrainConfig) -> float:
+    """The learning rate of the step with index `step` (from 0) in a run of `total` steps.
+
+    With w warm-up steps the rate would be 0 at step -1, is `lr` at step w, and for `linear` and
+    `cosine` would be 0 at step `total`: no update is spent on a rate of zero.
+    """
+    warm = warmup_steps(total, config.warmup)
+    if step < warm:
+        return config.lr * (step + 1) / (warm + 1)
+    done = (step - warm) / (total - warm)
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+    return config.lr * (1.0 - done) if config.schedule == "linear" else config.lr
+
+
+class Optimizer:
+    """AdamW over named parameters.
+
+    Args:
+        parameters: trainable tensors by name; 16-bit ones get float32 masters.
+        config: `lr`, `weight_decay` and `max_grad_norm` are read.
+        scale_loss: scale the loss before backward, for float16.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, Parameter], config: TrainConfig, *, scale_loss: bool = False
+    ):
+        self.parameters = dict(parameters)
+        self.silent = set(self.parameters)
+        """Names of tensors that have not yet had a gradient other than zero."""
+        self.updates = 0
+        """Updates since this object was made."""
+        self._max_norm = config.max_grad_norm
+        self._masters: dict[str, Tensor] = {}
+        self._hooks: list[Any] = []
+        for name, parameter in self.parameters.items():
+            if parameter.dtype in (torch.float32, torch.float64):
+                self._masters[name] = parameter
+            else:
+                self._masters[name] = self._give_master(parameter)
+        decayed = [m for m in self._masters.values() if m.dim() > 1]
+        plain = [m for m in self._masters.values() if m.dim() <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": config.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+        self.device = next(iter(self._masters.values())).device
+        types = {m.device.type for m in self._masters.values()}
+        self._adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=config.lr,
+            betas=BETAS,
+            eps=EPS,
+            fused=True if types.issubset(FUSED_ON) else None,
+        )
+        self._scaler = torch.amp.GradScaler(self.device.type, enabled=scale_loss)
+
+    def _give_master(self, parameter: Parameter) -> Tensor:
+        """A float32 copy that collects the gradients of a 16-bit parameter."""
+        master = parameter.detach().float().requires_grad_()
+
+        def collect(low: Tensor) -> None:
+            assert low.grad is not None
+            if master.grad is None:
+                master.grad = low.grad.float()
+            else:
+                master.grad += low.grad
+            low.grad = None
+
+        self._hooks.append(parameter.register_post_accumulate_grad_hook(collect))
+        return master
+
+    def close(self) -> None:
+        """Lets go of the parameters: no hooks, no gradients."""
+        for hook in self._hooks:
+            hook.remove()
+        self._adamw.zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of a scalar."""
+        self._scaler.scale(loss).backward()
+
+    def gradient_norm(self) -> Tensor:
+        """The 2-norm over all gradients, unscaled, on the device; call once, after backward."""
+        if self._scaler.is_enabled():
+            self._scaler.unscale_(self._adamw)
+        if self.silent:
+            self._listen()
+        return torch.nn.utils.get_total_norm([g for _, g in self._gradients()])
+
+    def _gradients(self) -> list[tuple[str, Tensor]]:
+        return [(n, m.grad) for n, m in self._masters.items() if m.grad is not None]
+
+    def _listen(self) -> None:
+        heard = [(n, g) for n, g in self._gradients() if n in self.silent]
+        if heard:
+            loud = torch.stack([(g != 0).any() for _, g in heard]).tolist()
+            self.silent -= {name for (name, _), yes in zip(heard, loud, strict=True) if yes}
+
+    def not_finite(self) -> list[str]:
+        """Names of the tensors whose gradient holds NaN or infinity."""
+        return [n for n, g in self._gradients() if not bool(torch.isfinite(g).all())]
+
+    def update(self, lr: float, norm: Tensor) -> None:
+        """Clips to `max_grad_norm`, updates, and forgets the gradients."""
+        held = [m for m in self._masters.values() if m.grad is not None]
+        torch.nn.utils.clip_grads_with_norm_(held, self._max_norm, norm)
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._scaler.step(self._adamw)
+        self._scaler.update()
+        self.updates += 1
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self._masters[name] is not parameter:
+                    parameter.copy_(self._masters[name])
+        self._adamw.zero_grad(set_to_none=True)
+
+    def skip(self) -> bool:
+        """Drops gradients that overflowed in float16; False if scaling is not what broke them."""
+        if not self._scaler.is_enabled():
+            return False
+        before = self._scaler.get_scale()
+        self._scaler.update()
+        self._adamw.zero_grad(set_to_none=True)
+        return 1.0 <= self._scaler.get_scale() < before
+
+    def scaler_state(self) -> dict[str, Any]:
+        """The loss scale and its history; empty without scaling."""
+        return dict(self._scaler.state_dict())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Masters and moments as `<parameter>.<master|exp_avg|exp_avg_sq|step>`."""
+        out: dict[str, Tensor] = {}
+        for name, master in self._masters.items():
+            if master is not self.parameters[name]:
+                out[f"{name}.{MASTER}"] = master.detach()
+            for key, value in self._adamw.state.get(master, {}).items():
+                out[f"{name}.{key}"] = value
+        return out
+
+    def load(self, tensors: Mapping[str, Tensor], scaler: Mapping[str, Any]) -> None:
+        """Takes over what `tensors` and `scaler_state` gave.
+
+        Raises:
+            TrainingError: tensors for other parameters, or of other shapes.
+        """
+        rest = dict(tensors)
+        state: dict[int, dict[str, Tensor]] = {}
+        names = {id(m): n for n, m in self._masters.items()}
+        order = [p for group in self._adamw.param_groups for p in group["params"]]
+        wrong: list[str] = []
+        for index, master in enumerate(order):
+            name = names[id(master)]
+            found = {k: rest.pop(f"{name}.{k}") for k in STATE if f"{name}.{k}" in rest}
+            if master is not self.parameters[name]:
+                wrong += _copy_master(name, master, rest.pop(f"{name}.{MASTER}", None))
+            if found:
+                state[index] = found
+                wrong += _misfits(name, master, found)
+        wrong += [f"{key}: belongs to no trainable tensor" for key in rest]
+        if wrong:
+            raise misfit("optimizer", wrong)
+        groups = self._adamw.state_dict()["param_groups"]
+        self._adamw.load_state_dict({"state": state, "param_groups": groups})
+        if self._scaler.is_enabled() and scaler:
+            self._scaler.load_state_dict(dict(scaler))
+
+
+def _copy_master(name: str, master: Tensor, saved: Tensor | None) -> list[str]:
+    if saved is None or saved.shape != master.shape:
+        return [f"{name}: no float32 master of shape {list(master.shape)}"]
+    with torch.no_grad():
+        master.copy_(saved)
+    return []
+
+
+def _misfits(name: str, master: Tensor, found: Mapping[str, Tensor]) -> list[str]:
+    missing = [k for k in STATE if k not in found]
+    if missing:
+        return [f"{name}: {', '.join(missing)} missing"]
+    return [
+        f"{name}: {key} is {list(value.shape)}, the parameter is {list(master.shape)}"
+        for key, value in found.items()
+        if key != "step" and value.shape != master.shape
+    ]
+
+
+def misfit(what: str, wrong: Sequence[str]) -> TrainingError:
+    """The error for a checkpoint of other parameters: count, first offender."""
+    more = f"  (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    return TrainingError(
+        f"the checkpoint's {what} does not fit what is trained: {len(wrong)} tensors differ",
+        details=[wrong[0] + more],
+        hint="resume with the settings the run was started with, or start a new run",
+    )

@@ -1,0 +1,119 @@
+"""What can go wrong in a training step, in words: which step, which rows, and what to do.
+
+Only messages; the loop decides when. Steps are counted from 1, as in the metrics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Sequence
+
+from torch import Tensor
+
+from decal.config import TrainConfig
+from decal.data.batch import Batch
+from decal.errors import Interrupted, TrainingError
+from decal.train.events import Job, Step
+
+ROWS_SHOWN = 16
+NAMES_SHOWN = 3
+
+
+def _listed(names: Iterable[str], shown: int = NAMES_SHOWN) -> list[str]:
+    names = sorted(names)
+    more = [f"(and {len(names) - shown} more)"] if len(names) > shown else []
+    return [*names[:shown], *more]
+
+
+def _rows(batches: Sequence[Batch]) -> str:
+    rows = sorted({row for batch in batches for row in batch.rows})
+    shown = ", ".join(str(row) for row in rows[:ROWS_SHOWN])
+    more = f", and {len(rows) - ROWS_SHOWN} more" if len(rows) > ROWS_SHOWN else ""
+    return f"rows {shown}{more}"
+
+
+def rows_of(step: Step) -> str:
+    """`rows 3, 17, 20` of all micro-batches."""
+    return _rows(step.micro)
+
+
+def calmer(settings: TrainConfig) -> str:
+    """The hint for a training that diverges."""
+    return (
+        f"lower train.lr (now {settings.lr:g}) or train.max_grad_norm "
+        f"(now {settings.max_grad_norm:g}), use base.dtype float32, or look at these rows; "
+        "checkpoints written before are intact"
+    )
+
+
+def refuse_untrainable(job: Job) -> None:
+    """There must be parameters, and all of them must require a gradient."""
+    frozen = [name for name, p in job.parameters.items() if not p.requires_grad]
+    if not job.parameters:
+        raise TrainingError(
+            "nothing to train: 0 parameters require a gradient",
+            hint="attach an adapter first, or load an existing one as trainable",
+        )
+    if frozen:
+        raise TrainingError(
+            f"{len(frozen)} of {len(job.parameters)} tensors to be trained are frozen",
+            details=_listed(frozen),
+            hint="they have requires_grad=False: load the adapter as trainable",
+        )
+
+
+def refuse_unusable(step: Step, batch: Batch, loss: Tensor, counted: int) -> None:
+    """The loss must depend on what is trained, and count the tokens that the batch announced."""
+    if counted != batch.trained:
+        raise TrainingError(
+            f"step {step.index + 1}: the objective counted {counted} trained tokens, "
+            f"the batch has {batch.trained}",
+            details=[_rows([batch])],
+        )
+    if not loss.requires_grad:
+        raise TrainingError(
+            f"step {step.index + 1}: the loss does not depend on any trainable tensor",
+            hint="the adapter is disabled, or something runs the model without gradients",
+        )
+
+
+def refuse_not_finite(settings: TrainConfig, step: Step, values: Sequence[float]) -> None:
+    """Every micro-batch's loss must be a number; names the rows of the first that is not."""
+    bad = [number for number, value in enumerate(values) if not math.isfinite(value)]
+    if not bad:
+        return
+    first = bad[0]
+    place = f"micro-batch {first + 1} of {len(values)}"
+    more = f"  (and {len(bad) - 1} more micro-batches)" if len(bad) > 1 else ""
+    raise TrainingError(
+        f"the loss of step {step.index + 1} is {values[first]}",
+        details=[f"{_rows([step.micro[first]])} (epoch {step.epoch}, {place}){more}"],
+        hint=calmer(settings),
+    )
+
+
+def broken_gradients(settings: TrainConfig, step: Step, names: Collection[str]) -> TrainingError:
+    """The losses are numbers but the gradient norm is not."""
+    count = f"{len(names)} tensors hold NaN or infinity" if names else "it is beyond float32"
+    return TrainingError(
+        f"the gradient norm of step {step.index + 1} is not finite: {count}",
+        details=[*_listed(names), f"{rows_of(step)} (epoch {step.epoch})"],
+        hint=calmer(settings),
+    )
+
+
+def unheard(silent: Collection[str], count: int) -> TrainingError:
+    """Tensors that the loss does not reach."""
+    return TrainingError(
+        f"{len(silent)} of {count} trainable tensors had no gradient in the first steps",
+        details=_listed(silent),
+        hint="the forward pass does not use them: check adapter.target_modules",
+    )
+
+
+def interrupted(step: int, total: int) -> Interrupted:
+    """Ctrl-C, after the checkpoint was written."""
+    return Interrupted(
+        f"stopped after step {step} of {total}; a checkpoint was written",
+        hint="resume the run to go on from there",
+    )
