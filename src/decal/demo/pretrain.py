@@ -1,0 +1,279 @@
+"""Pre-train the embedded base: `python -m decal.demo.pretrain --out DIR`.
+
+A plain loop over documents that are generated as training goes; none is seen twice. It knows the
+model class and the documents' shape, and does not know the routing task.
+
+    weights   fp32 masters updated by AdamW; a bf16 copy runs forward and backward (matrix products
+              in bf16 are about four times as fast as in fp32 on CPUs with AVX-512 bf16)
+    batches   about `BATCH_TOKENS` tokens, documents of similar length padded on the right; with
+              causal attention the padding needs no mask, and no document sees another one
+    threads   a step is the mean over `WORKERS` batches, each computed by one thread of its own;
+              these meet once a step, where threads inside each operation meet hundreds of times,
+              which on a busy machine is four times as slow
+    loss      every token counts, an assistant's tokens ten times as much as the rest: what is to be
+              learned is the answers, while a ticket's own words are random draws
+    schedule  a fixed number of steps, linear warm-up, then a cosine to a tenth of the rate
+
+Packing documents into full windows was rejected: it saves the padding (about 5 %), but the model
+then hardly sees a document at position 0, which is where every ticket of the task starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from decal.demo.skills import Document, draw_documents, drill_document
+from decal.demo.vocabulary import END_OF_TEXT, START, VOCABULARY, render_turn, train_tokenizer
+
+BATCH_TOKENS = 2048
+WORKERS = 2
+POOL = 1024
+PEAK_RATE = 2e-3
+USER_WEIGHT = 0.1
+
+
+def render(document: Document) -> str:
+    """A document as the text that is tokenized."""
+    if not document.turns:
+        return document.text + END_OF_TEXT
+    turns = ((turn.question, turn.answer) for turn in document.turns)
+    return "".join(render_turn("user", q) + render_turn("assistant", a) for q, a in turns)
+
+
+def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Train the tokenizer on documents of its own; extra drills make every queue name one token."""
+    rng = random.Random(f"tokenizer {seed}")
+    documents = [document for _ in range(16000) for document in draw_documents(rng)]
+    documents += [drill_document(rng) for _ in range(6000)]
+    return train_tokenizer(render(document) for document in documents)
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """The untrained model, fp32."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`ids` [documents, length] int64; `weights`, same shape: each token's weight as a target."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+def answer_flags(ids: list[int], header: list[int], end: int) -> list[bool]:
+    """For each token, whether an assistant wrote it (the end of its turn included)."""
+    flags, inside = [], False
+    for position, token in enumerate(ids):
+        flags.append(inside)
+        if inside and token == end:
+            inside = False
+        elif not inside and ids[max(0, position - len(header) + 1) : position + 1] == header:
+            inside = True
+    return flags
+
+
+def to_batch(documents: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> Batch:
+    """Pad documents on the right."""
+    header = tokenizer.encode(f"{START}assistant\n", add_special_tokens=False)
+    end = int(tokenizer.eos_token_id)
+    length = max(map(len, documents))
+    ids = torch.full((len(documents), length), tokenizer.pad_token_id)
+    weights = torch.zeros(len(documents), length)
+    for row, tokens in enumerate(documents):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        flags = torch.tensor(answer_flags(tokens, header, end))
+        weights[row, : len(tokens)] = torch.where(flags, 1.0, USER_WEIGHT)
+    return Batch(ids, weights)
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
+    """Endless batches: pools of documents, sorted by length, cut by tokens, in random order."""
+    rng = random.Random(f"documents {seed}")
+    while True:
+        pool = [document for _ in range(POOL) for document in draw_documents(rng)]
+        encoded = tokenizer.backend_tokenizer.encode_batch([render(document) for document in pool])
+        ready: list[list[list[int]]] = [[]]
+        for tokens in sorted((encoding.ids for encoding in encoded), key=len):
+            if (len(ready[-1]) + 1) * len(tokens) > BATCH_TOKENS:
+                ready.append([])
+            ready[-1].append(tokens)
+        rng.shuffle(ready)
+        for documents in ready:
+            yield to_batch(documents, tokenizer)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One batch's share of a step: gradients of the weighted loss sum, and what to divide by."""
+
+    gradients: tuple[torch.Tensor, ...]
+    loss_sum: float
+    weight_sum: float
+    answer_sum: float
+    answers: int
+
+
+def batch_part(model: LlamaForCausalLM, batch: Batch) -> Part:
+    """Forward and backward of one batch, in the calling thread; the model is not changed."""
+    torch.set_num_threads(1)
+    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].float()
+    losses = functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), batch.ids[:, 1:].reshape(-1), reduction="none"
+    )
+    weights = batch.weights[:, 1:].reshape(-1)
+    total = (losses * weights).sum()
+    gradients = torch.autograd.grad(total, list(model.parameters()))
+    answer_losses = losses.detach()[weights == 1.0]
+    return Part(
+        gradients,
+        float(total.detach()),
+        float(weights.sum()),
+        float(answer_losses.sum()),
+        answer_losses.numel(),
+    )
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Learning rate: warm-up over 2 % of the steps, then a cosine to a tenth of the peak."""
+    warmup = max(1, steps // 50)
+    if step < warmup:
+        return PEAK_RATE * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return PEAK_RATE * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Masters:
+    """fp32 master weights with AdamW, and the bf16 model that they are copied into."""
+
+    def __init__(self, model: LlamaForCausalLM) -> None:
+        self.weights = [p.detach().clone().requires_grad_() for p in model.parameters()]
+        self.model = model.bfloat16()
+        matrices = [w for w in self.weights if w.ndim == 2]
+        vectors = [w for w in self.weights if w.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": 0.1},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), foreach=True)
+
+    @torch.no_grad()
+    def step(self, parts: list[Part], rate: float) -> None:
+        """Apply the parts' mean gradient (clipped to norm 1) and refresh the model."""
+        scale = 1.0 / sum(part.weight_sum for part in parts)
+        for master, *gradients in zip(
+            self.weights, *(part.gradients for part in parts), strict=True
+        ):
+            master.grad = torch.stack([g.float() for g in gradients]).sum(0).mul_(scale)
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        torch._foreach_copy_(list(self.model.parameters()), self.weights)
+
+
+@torch.no_grad()
+def skill_accuracy(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int = 400
+) -> dict[str, float]:
+    """Share of right answers by skill on documents with fillings that training never used.
+
+    An answer is right if each of its tokens is the most likely one after the right ones before it.
+    For "bare", whose first word is a coin toss, this is at most about one half.
+    """
+    rng = random.Random("evaluation")
+    header = tokenizer.encode(f"{START}assistant\n", add_special_tokens=False)
+    end = int(tokenizer.eos_token_id)
+    right: Counter[str] = Counter()
+    total: Counter[str] = Counter()
+    documents = [d for _ in range(count) for d in draw_documents(rng, "test") if d.turns]
+    for document in documents:
+        ids = tokenizer.encode(render(document), add_special_tokens=False)
+        best = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].argmax(-1).tolist()
+        flags = answer_flags(ids, header, end)
+        starts = [i for i in range(1, len(ids)) if flags[i] and not flags[i - 1]]
+        for start, turn in zip(starts, document.turns, strict=True):
+            stop = ids.index(end, start)
+            total[turn.skill] += 1
+            right[turn.skill] += best[start - 1 : stop] == ids[start : stop + 1]
+    return {skill: round(right[skill] / total[skill], 4) for skill in sorted(total)}
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write a plain Hugging Face folder (bf16 safetensors, tokenizer with its chat template)."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def pretrain(out: Path, steps: int, seed: int, save_every: int) -> None:
+    """Train for `steps` steps; write a log, checkpoints and the skills reached to `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(seed)
+    model = build_model(tokenizer, seed)
+    masters = Masters(model)
+    stream = batches(tokenizer, seed)
+    started, tokens, recent = time.time(), 0, deque[float](maxlen=50)
+    with (out / "log.jsonl").open("w") as log, ThreadPoolExecutor(WORKERS) as pool:
+        for step in range(1, steps + 1):
+            work = list(islice(stream, WORKERS))
+            parts = list(pool.map(batch_part, [model] * WORKERS, work))
+            masters.step(parts, rate_at(step, steps))
+            tokens += sum(int((batch.weights > 0).sum()) for batch in work)
+            recent.append(sum(p.answer_sum for p in parts) / sum(p.answers for p in parts))
+            if step % 50 and step != steps:
+                continue
+            record: dict[str, Any] = {
+                "step": step,
+                "answer_loss": round(sum(recent) / len(recent), 4),
+            }
+            record["loss"] = sum(p.loss_sum for p in parts) / sum(p.weight_sum for p in parts)
+            record |= {"tokens": tokens, "seconds": round(time.time() - started, 1)}
+            if step % save_every == 0 or step == steps:
+                save(model, tokenizer, out / "latest")
+                record["skills"] = skill_accuracy(model, tokenizer)
+            print(json.dumps(record), file=log, flush=True)
+            print(json.dumps(record), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for log and checkpoints")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=500)
+    options = parser.parse_args()
+    pretrain(options.out, options.steps, options.seed, options.save_every)
+
+
+if __name__ == "__main__":
+    main()
