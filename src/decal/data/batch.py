@@ -28,8 +28,8 @@ class Batch:
     positions   int64 [1, T]        int64 [n, S]     restart at 0 in every sample
     attention   None                int64 [n, S]     1 on tokens, 0 on padding
     cu_seq_lens int32 [n + 1]       None
-    sample_ids  int64 [1, T]        int64 [n, S]     the sample's id (row index in the data set)
-    rows        the samples' ids, one per sample, in order
+    sample_ids  int64 [1, T]        int64 [n, S]     the sample's id: its row's number
+    rows        the samples' ids (line of the file, from 1), one per sample, in order
     """
 
     layout: Literal["flat", "padded"]

@@ -1,1 +1,10 @@
+"""Batch and logits -> loss sum and trained tokens. One file each."""
 
+from __future__ import annotations
+
+from decal.objectives import sft
+from decal.objectives.base import Objective
+
+__all__ = ["OBJECTIVES", "Objective"]
+
+OBJECTIVES: dict[str, Objective] = {"sft": sft}

@@ -1,0 +1,223 @@
+"""Samples -> micro-batches: order, optimizer steps, token budgets, both layouts. Knows no models.
+
+A step takes `batch_size` samples in the order of its epoch; the order is a permutation of the
+samples from (seed, epoch) alone (order.py), so any step can be built without those before it: that
+is all there is to resuming. The last step of an epoch is smaller if the samples do not divide
+evenly; nothing is dropped, nothing is mixed across epochs.
+
+Inside a step the samples are put into as few micro-batches as `micro_batch_tokens` allows: longest
+first, each into the fullest micro-batch that still has room (best-fit decreasing). A sample longer
+than the budget goes alone. Losses are summed over the step and divided by its trained tokens, so
+the cut changes nothing but memory and rounding.
+
+Rejected: packing to a fixed length over the whole data set, which is a little denser but makes the
+number of samples in a step, and so the result, depend on the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from decal.data.batch import IGNORE, Batch
+from decal.data.order import permutation
+from decal.data.sample import Sample
+from decal.errors import DataError
+
+LayoutName = Literal["flat", "padded"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One optimizer step."""
+
+    index: int
+    """Steps before this one; the first is 0."""
+    epoch: int
+    """Finished passes over the data; the first is 0."""
+    micro: list[Batch]
+    """What to run forward and backward before the optimizer steps once."""
+    trained: int
+    """Trained tokens in all micro-batches: what the summed loss is divided by."""
+    tokens: int
+    """Tokens in all micro-batches, padding apart."""
+    rows: tuple[int, ...]
+    """Ids of the samples, in the order of the epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batches:
+    """The steps of a run.
+
+    Raises:
+        DataError: there are no samples.
+    """
+
+    samples: Sequence[Sample]
+    batch_size: int
+    """Samples per step."""
+    micro_batch_tokens: int
+    """Most tokens in a micro-batch; in the padded layout padding counts."""
+    epochs: float = 1.0
+    """Passes over the samples; parts of a pass are rounded up to whole steps."""
+    max_steps: int | None = None
+    """If given, the number of steps, whatever `epochs` says."""
+    seed: int = 0
+    layout: LayoutName = "flat"
+    pad_id: int = 0
+    """Fills padded rows. Any id will do: padding is masked by position."""
+
+    def __post_init__(self) -> None:
+        if not self.samples:
+            raise DataError("there are no rows to train on")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in a whole pass; the last may be smaller."""
+        return math.ceil(len(self.samples) / self.batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, math.ceil(self.epochs * self.steps_per_epoch - 1e-9))
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """Indices of the samples in the order of an epoch, int64 [n]."""
+        return permutation(len(self.samples), self.seed, epoch)
+
+    def steps(self, start_step: int = 0) -> Iterator[Step]:
+        """The steps after the first `start_step`; each is built when it is asked for."""
+        order, order_epoch = self.order(0), 0
+        for index in range(start_step, self.total_steps):
+            epoch, place = divmod(index, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = self.order(epoch), epoch
+            chosen = order[place * self.batch_size : (place + 1) * self.batch_size]
+            yield self._step(index, epoch, [self.samples[i] for i in chosen.tolist()])
+
+    def _step(self, index: int, epoch: int, samples: Sequence[Sample]) -> Step:
+        micro = make_batches(
+            samples, self.micro_batch_tokens, layout=self.layout, pad_id=self.pad_id
+        )
+        return Step(
+            index=index,
+            epoch=epoch,
+            micro=micro,
+            trained=sum(batch.trained for batch in micro),
+            tokens=sum(batch.tokens for batch in micro),
+            rows=tuple(sample.row for sample in samples),
+        )
+
+
+def make_batches(
+    samples: Sequence[Sample],
+    micro_batch_tokens: int,
+    *,
+    layout: LayoutName = "flat",
+    pad_id: int = 0,
+) -> list[Batch]:
+    """Put all samples into as few batches as the budget allows: one step, or evaluation.
+
+    Deterministic: depends on the samples, their order and the budget only.
+    """
+    lengths = [len(sample) for sample in samples]
+    groups = (_flat_groups if layout == "flat" else _padded_groups)(lengths, micro_batch_tokens)
+    build = flat_batch if layout == "flat" else padded_batch
+    return [build([samples[i] for i in group], pad_id) for group in groups]
+
+
+def flat_batch(samples: Sequence[Sample], pad_id: int = 0) -> Batch:
+    """All samples in one row, one after the other; `pad_id` is not needed and ignored."""
+    lengths = np.array([len(sample) for sample in samples], dtype=np.int64)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)
+    targets = np.concatenate([_targets(sample) for sample in samples])
+    positions = np.arange(bounds[-1], dtype=np.int64) - np.repeat(bounds[:-1], lengths)
+    rows = np.array([sample.row for sample in samples], dtype=np.int64)
+    return Batch(
+        layout="flat",
+        input_ids=torch.from_numpy(ids)[None],
+        targets=torch.from_numpy(targets)[None],
+        positions=torch.from_numpy(positions)[None],
+        attention=None,
+        cu_seq_lens=torch.from_numpy(bounds.astype(np.int32)),
+        max_length=int(lengths.max()),
+        sample_ids=torch.from_numpy(np.repeat(rows, lengths))[None],
+        rows=tuple(rows.tolist()),
+        trained=int((targets != IGNORE).sum()),
+        tokens=int(bounds[-1]),
+    )
+
+
+def padded_batch(samples: Sequence[Sample], pad_id: int = 0) -> Batch:
+    """One row per sample, filled up on the right with `pad_id`."""
+    lengths = [len(sample) for sample in samples]
+    shape = (len(samples), max(lengths))
+    ids = np.full(shape, pad_id, dtype=np.int64)
+    targets = np.full(shape, IGNORE, dtype=np.int64)
+    attention = np.zeros(shape, dtype=np.int64)
+    for i, sample in enumerate(samples):
+        ids[i, : len(sample)] = sample.input_ids
+        targets[i, : len(sample)] = _targets(sample)
+        attention[i, : len(sample)] = 1
+    rows = np.array([sample.row for sample in samples], dtype=np.int64)
+    return Batch(
+        layout="padded",
+        input_ids=torch.from_numpy(ids),
+        targets=torch.from_numpy(targets),
+        positions=torch.arange(shape[1]).repeat(shape[0], 1),
+        attention=torch.from_numpy(attention),
+        cu_seq_lens=None,
+        max_length=shape[1],
+        sample_ids=torch.from_numpy(np.repeat(rows[:, None], shape[1], axis=1)),
+        rows=tuple(rows.tolist()),
+        trained=int((targets != IGNORE).sum()),
+        tokens=sum(lengths),
+    )
+
+
+def _targets(sample: Sample) -> NDArray[np.int64]:
+    """The token each position must predict, or IGNORE: ids and mask moved one to the left."""
+    targets = np.full(len(sample), IGNORE, dtype=np.int64)
+    trained = sample.trained[1:]
+    targets[:-1][trained] = sample.input_ids[1:][trained]
+    return targets
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda i: -lengths[i])
+
+
+def _flat_groups(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Best-fit decreasing: the total length of a group is at most the budget."""
+    groups: list[list[int]] = []
+    room: list[tuple[int, int]] = []
+    for i in _longest_first(lengths):
+        at = bisect_left(room, (lengths[i], -1))
+        if at < len(room):
+            left, group = room.pop(at)
+        else:
+            left, group = budget, len(groups)
+            groups.append([])
+        groups[group].append(i)
+        insort(room, (left - lengths[i], group))
+    return groups
+
+
+def _padded_groups(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Neighbours in length together: samples times the longest is at most the budget."""
+    groups: list[list[int]] = []
+    for i in _longest_first(lengths):
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups

@@ -1,0 +1,68 @@
+"""Problems of rows: collected while reading or encoding, raised once. Knows no formats.
+
+A row's number is its line in the file (blank lines counted) or its place in the hub data set, both
+from 1, and it is the same number in every message, in `Example.row`, `Sample.row` and `Batch.rows`.
+"""
+
+from __future__ import annotations
+
+from decal.errors import DataError
+
+SHOWN = 5
+
+
+class RowError(Exception):
+    """One row that cannot be used. Internal: users see the `DataError` made of all of them.
+
+    Args:
+        kind: what rows with the same trouble share; they are counted and shown together.
+        text: what is wrong with this row, with its values; left out: the kind.
+        hint: what the user can do about this kind.
+    """
+
+    def __init__(self, kind: str, text: str | None = None, hint: str | None = None):
+        super().__init__(text or kind)
+        self.kind = kind
+        self.text = text or kind
+        self.hint = hint
+
+
+class Problems:
+    """Collects row problems; memory stays small however many rows are bad."""
+
+    def __init__(self, source: str):
+        self.source = source
+        self._first: dict[str, tuple[int, RowError]] = {}
+        self._rows: dict[str, list[int]] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, row: int, problem: RowError) -> None:
+        """Note that row number `row` has `problem`."""
+        self._first.setdefault(problem.kind, (row, problem))
+        shown = self._rows.setdefault(problem.kind, [])
+        if len(shown) < SHOWN:
+            shown.append(row)
+        self._counts[problem.kind] = self._counts.get(problem.kind, 0) + 1
+
+    def error(self, total: int) -> DataError | None:
+        """All problems as one error, or None; `total` is the number of rows looked at."""
+        if not self._counts:
+            return None
+        bad = sum(self._counts.values())
+        hints = [problem.hint for _, problem in self._first.values() if problem.hint]
+        return DataError(
+            f"{bad:,} of {total:,} row{'s' if total != 1 else ''} of `{self.source}` "
+            "cannot be used",
+            details=[self._line(kind) for kind in self._first],
+            hint="; ".join(dict.fromkeys(hints)) or None,
+        )
+
+    def _line(self, kind: str) -> str:
+        row, problem = self._first[kind]
+        others = self._rows[kind][1:]
+        line = f"row {row}: {problem.text}"
+        if not others:
+            return line
+        more = self._counts[kind] - 1
+        rest = ", …" if more > len(others) else ""
+        return f"{line} (and {more:,} more: {', '.join(map(str, others))}{rest})"

@@ -1,0 +1,213 @@
+"""Where the assistant speaks in a rendered chat: character spans, found strictly or not at all.
+
+This file works on text only: it knows neither tokens nor how a template is run (`render` does
+that).
+
+A chat template turns messages into one text, and nothing in that text says who wrote which part.
+What is trained is, for every assistant turn, everything after the generation prompt up to and
+including the end-of-turn token. A span is looked for in this order:
+
+1. Generation markers (`{% generation %}`), where the template has them: the caller knows the runs
+   of marked characters; one run per assistant turn, or it is an error.
+2. Prefix rendering. The messages before the turn are rendered with the generation prompt. If that
+   is a true prefix of this row's text, the turn begins where it ends: precisely where a model
+   begins to speak at inference. Nothing is assumed: templates that strip earlier thinking, or that
+   treat the last turn differently, fail the comparison and go on to 3.
+3. The turn's content, if it occurs once and only once after the previous assistant turn.
+
+Otherwise the row is refused. The end of a turn is the first *mark* (an added or special token in
+the text) that follows the content after white space only. Where a template wraps the content (an
+empty thinking block, channels), it is the last mark of the region that prefix rendering of the
+messages up to and including the turn proves to be the turn's own. A turn without such a token
+would teach the model never to stop, and is refused too.
+
+Rejected: looking for role headers such as `<|im_start|>assistant` (one regular expression per model
+family, and a user who writes the header into a message shifts every span), and comparing the tokens
+of prefixes (tokens merge across the boundary).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from decal.data.problems import RowError
+from decal.data.source import Message
+
+Span = tuple[int, int]
+"""Characters [start, end)."""
+
+Render = Callable[[Sequence[Message], bool], "str | None"]
+"""(messages, add_generation_prompt) -> text, or None where the template refuses them."""
+
+NO_END = "no end-of-turn token"
+NOT_FOUND = "an assistant turn that cannot be located"
+REWRITTEN = "a message that the chat template drops or rewrites"
+
+HINT_NO_END = (
+    "the chat template must close assistant turns with a special token such as the tokenizer's "
+    "eos token, or the model never learns to stop"
+)
+HINT_NOT_FOUND = (
+    "add {% generation %} … {% endgeneration %} around the assistant's part of the chat template, "
+    "or split the row so that the turn is its last message"
+)
+HINT_REWRITTEN = "change the message so that the template keeps it whole, or split the row"
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One row as text, with what is known about it."""
+
+    text: str
+    messages: tuple[Message, ...]
+    marks: Sequence[Span]
+    """Added and special tokens in the text, in order."""
+    runs: Sequence[Span] | None
+    """Runs of characters inside generation markers; None where the template has no markers."""
+
+
+def find_spans(row: Rendered, render: Render) -> list[Span]:
+    """One span per assistant turn, in order; each ends behind the turn's end-of-turn token.
+
+    Raises:
+        RowError: a turn that cannot be located beyond doubt, has no end-of-turn token, or has
+            lost text in rendering; named by its number among the messages, from 1.
+    """
+    _require_kept(row)
+    turns = [i for i, message in enumerate(row.messages) if message.role == "assistant"]
+    if row.runs is not None:
+        return _marked_spans(row, turns, row.runs)
+    spans: list[Span] = []
+    floor = 0
+    for i in turns:
+        spans.append(_turn_span(row, i, floor, render))
+        floor = spans[-1][1]
+    return spans
+
+
+def _require_kept(row: Rendered) -> None:
+    """Every prompt message must occur in the text: templates skip roles they do not know."""
+    text = _squeeze(row.text)
+    for i, message in enumerate(row.messages):
+        if (
+            message.role in ("system", "developer", "user")
+            and _squeeze(message.content) not in text
+        ):
+            raise RowError(
+                REWRITTEN,
+                f"message {i + 1} ({message.role}) is not in the rendered chat: "
+                f"{_quote(message.content)}",
+                hint=HINT_REWRITTEN,
+            )
+
+
+def _marked_spans(row: Rendered, turns: Sequence[int], runs: Sequence[Span]) -> list[Span]:
+    if len(runs) != len(turns):
+        raise RowError(
+            "generation markers that do not match the turns",
+            f"the chat template marks {len(runs)} generated parts, the row has {len(turns)} "
+            "assistant turns",
+            hint="put {% generation %} … {% endgeneration %} around every assistant turn",
+        )
+    return [_marked_span(row, i, run) for i, run in zip(turns, runs, strict=True)]
+
+
+def _marked_span(row: Rendered, i: int, run: Span) -> Span:
+    start, end = run
+    _require_content(row, i, run)
+    content = row.messages[i].content.strip()
+    found = row.text.find(content, start, end)
+    close = _mark_after(row, found + len(content)) if found >= 0 else None
+    close = close or _last_mark(row, run) or _mark_after(row, end)
+    if close is None:
+        raise _no_end(i, row.text[start:end])
+    return start, close
+
+
+def _turn_span(row: Rendered, i: int, floor: int, render: Render) -> Span:
+    prompt = render(row.messages[:i], True)
+    content = row.messages[i].content.strip()
+    if prompt is not None and len(prompt) >= floor and row.text.startswith(prompt):
+        start = len(prompt)
+        spoken = _skip_space(row.text, start)
+        if row.text.startswith(content, spoken):
+            close = _mark_after(row, spoken + len(content))
+            if close is not None:
+                return start, close
+        through = row.text if i + 1 == len(row.messages) else render(row.messages[: i + 1], False)
+        if through is not None and row.text.startswith(through):
+            region = (start, len(through))
+            _require_content(row, i, region)
+            close = _last_mark(row, region)
+            if close is None:
+                raise _no_end(i, row.text[start : len(through)])
+            return start, close
+    return _unique_span(row, i, floor, content)
+
+
+def _unique_span(row: Rendered, i: int, floor: int, content: str) -> Span:
+    start = row.text.find(content, floor)
+    if start < 0:
+        what = "is not found in the rendered chat as it was written"
+    elif row.text.find(content, start + 1) >= 0:
+        what = "occurs more than once in the rendered chat"
+    else:
+        close = _mark_after(row, start + len(content))
+        if close is None:
+            raise _no_end(i, content)
+        return start, close
+    raise RowError(
+        NOT_FOUND, f"message {i + 1} (assistant) {what}: {_quote(content)}", hint=HINT_NOT_FOUND
+    )
+
+
+def _require_content(row: Rendered, i: int, region: Span) -> None:
+    """The region must hold the turn's content, white space apart: templates may re-indent it."""
+    content = row.messages[i].content
+    if _squeeze(content) not in _squeeze(row.text[slice(*region)]):
+        raise RowError(
+            REWRITTEN,
+            f"message {i + 1} (assistant) is rendered as {_quote(row.text[slice(*region)])}, "
+            f"the row has {_quote(content)}",
+            hint=HINT_REWRITTEN,
+        )
+
+
+def _mark_after(row: Rendered, position: int) -> int | None:
+    """End of the first mark behind `position`, if only white space lies between."""
+    for start, end in row.marks:
+        if start >= position:
+            return None if row.text[position:start].strip() else end
+    return None
+
+
+def _last_mark(row: Rendered, region: Span) -> int | None:
+    """End of the last mark in the region, if only white space follows it there."""
+    inside = [end for start, end in row.marks if start >= region[0] and end <= region[1]]
+    if not inside or row.text[inside[-1] : region[1]].strip():
+        return None
+    return inside[-1]
+
+
+def _no_end(i: int, turn: str) -> RowError:
+    return RowError(
+        NO_END,
+        f"message {i + 1} (assistant) has no end-of-turn token behind {_quote(turn, tail=True)}",
+        hint=HINT_NO_END,
+    )
+
+
+def _skip_space(text: str, position: int) -> int:
+    return len(text) - len(text[position:].lstrip())
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
+
+
+def _quote(text: str, *, tail: bool = False) -> str:
+    limit = 40
+    if len(text) > limit:
+        text = f"…{text[-limit:]}" if tail else f"{text[:limit]}…"
+    return repr(text)

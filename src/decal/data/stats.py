@@ -1,0 +1,87 @@
+"""What the data will train, in numbers and on one sample: shown before step 1. Knows no models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from decal.data.chat import Tokenizer
+from decal.data.sample import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSummary:
+    """Counts over encoded samples."""
+
+    rows: int
+    tokens: int
+    """After truncation."""
+    trained: int
+    """Trained tokens, after truncation."""
+    longest: int
+    """Tokens of the longest sample."""
+    truncated_rows: int
+    tokens_cut: int
+    """Tokens lost to truncation, trained or not."""
+    trained_cut: int
+    """Trained tokens among them."""
+    ended_rows: int
+    """Rows whose last end-of-turn token is there and trained."""
+    straddling: int
+    """Tokens that hold characters of a prompt and of what is trained; they are not trained."""
+
+    @property
+    def trained_share(self) -> float:
+        """Trained tokens as a share of all, 0 … 1."""
+        return self.trained / self.tokens if self.tokens else 0.0
+
+    def lines(self) -> list[str]:
+        """The summary in plain sentences; the second and later lines only where they say much."""
+        lines = [
+            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trained:,} trained "
+            f"({self.trained_share:.1%}), longest {self.longest:,}",
+            f"end-of-turn token trained in {self.ended_rows:,} of {self.rows:,} rows",
+        ]
+        if self.truncated_rows:
+            lines.append(
+                f"{self.truncated_rows:,} rows truncated ({self.truncated_rows / self.rows:.1%}): "
+                f"{self.tokens_cut:,} tokens cut, {self.trained_cut:,} of them trained"
+            )
+        if self.straddling:
+            lines.append(
+                f"{self.straddling:,} tokens begin in a prompt and end in what is trained; "
+                "they are not trained"
+            )
+        return lines
+
+
+def summarize(samples: Sequence[Sample]) -> DataSummary:
+    """Count what `samples` will train."""
+    return DataSummary(
+        rows=len(samples),
+        tokens=sum(len(sample) for sample in samples),
+        trained=sum(int(sample.trained.sum()) for sample in samples),
+        longest=max((len(sample) for sample in samples), default=0),
+        truncated_rows=sum(sample.truncated > 0 for sample in samples),
+        tokens_cut=sum(sample.truncated for sample in samples),
+        trained_cut=sum(sample.lost for sample in samples),
+        ended_rows=sum(sample.ended for sample in samples),
+        straddling=sum(sample.straddling for sample in samples),
+    )
+
+
+def show_sample(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The sample as pieces of text with whether they are trained, special tokens included."""
+    pairs = zip(sample.input_ids.tolist(), sample.trained.tolist(), strict=True)
+    return [
+        (
+            tokenizer.decode(
+                [token for token, _ in run],
+                skip_special_tokens=False,
+                clean_up_tokenization_spaces=False,
+            ),
+            trained,
+        )
+        for trained, run in groupby(pairs, key=lambda pair: pair[1])
+    ]
