@@ -321,10 +321,10 @@ def test_a_full_disk_is_passed_on_and_leaves_earlier_checkpoints() -> None:
     run = MemoryRun()
     write = run.write_checkpoint
 
-    def full(step: int, tensors: Any, state: Any) -> None:
+    def full(step: int, tensors: Any, state: Any, *, best: int | None) -> None:
         if step > 4:
             raise StorageError("the disk is full")
-        write(step, tensors, state)
+        write(step, tensors, state, best=best)
 
     run.write_checkpoint = full
     with pytest.raises(StorageError):

@@ -1,6 +1,6 @@
 """A training of a few hundred numbers: bigram model with a low-rank delta, random token batches.
 
-Run as a script it trains in a folder of its own and can be killed from outside:
+Run as a script it trains in a folder and can be killed from outside; it prints every step:
 `python tiny_run.py FOLDER [resume]`.
 """
 
@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,10 @@ from torch.nn import Parameter
 
 from decal.config import TrainConfig
 from decal.data.batch import IGNORE, Batch
-from decal.train.events import Job
+from decal.errors import DecalError
+from decal.store.run import RunFolder
+from decal.train import train
+from decal.train.events import Event, Job, StepDone
 
 VOCABULARY, WIDTH, RANK, ALPHA = 13, 7, 3, 5.0
 ROWS = 24
@@ -110,7 +112,9 @@ class TinyModel:
         logits = x @ self.W.T + (ALPHA / RANK) * (x @ A.T) @ B.T + bias
         targets = batch.targets[0]
         exact = logits if logits.dtype == torch.float64 else logits.float()
-        loss = torch.nn.functional.cross_entropy(exact, targets, ignore_index=IGNORE, reduction="sum")
+        loss = torch.nn.functional.cross_entropy(
+            exact, targets, ignore_index=IGNORE, reduction="sum"
+        )
         return loss, int((targets != IGNORE).sum())
 
 
@@ -138,6 +142,7 @@ class Held:
     step: int
     state: dict[str, Any]
     files: dict[str, dict[str, Tensor]]
+    warning: None = None
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
         return {k: v.clone() for k, v in self.files[stem].items()}
@@ -156,15 +161,17 @@ class MemoryRun:
     def truncate_metrics(self, step: int) -> None:
         self.lines = [line for line in self.lines if line["step"] <= step]
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[dict[str, Any]]:
         return list(self.lines)
 
-    def write_checkpoint(self, step: int, tensors: Any, state: dict[str, Any]) -> None:
+    def write_checkpoint(
+        self, step: int, tensors: Any, state: dict[str, Any], *, best: int | None = None
+    ) -> None:
         files = {s: {k: v.clone() for k, v in named.items()} for s, named in tensors.items()}
         self.kept[step] = Held(step, json.loads(json.dumps(state)), files)
 
-    def latest_checkpoint(self) -> tuple[Held | None, list[str]]:
-        return (self.kept[max(self.kept)] if self.kept else None), []
+    def latest_checkpoint(self) -> Held | None:
+        return self.kept[max(self.kept)] if self.kept else None
 
     def checkpoint(self, step: int) -> Held:
         return self.kept[step]
@@ -172,3 +179,26 @@ class MemoryRun:
     def column(self, name: str) -> list[Any]:
         """One entry of every line that has it."""
         return [line[name] for line in self.lines if name in line]
+
+
+def script(folder: str, *, resume: bool) -> int:
+    """Trains 40 noisy steps with a pause in each, a checkpoint every 3."""
+    torch.set_num_threads(1)
+
+    def observe(event: Event) -> None:
+        if isinstance(event, StepDone):
+            print(f"step {event.step}", flush=True)
+
+    changes = {"max_steps": 40, "eval_every": 5, "save_every": 3, "observe": observe}
+    with RunFolder.open(folder) if resume else RunFolder.create(folder, "tiny\n") as run:
+        try:
+            steps = TinySteps(pause=0.01)
+            train(job(run, TinyModel(noise=0.1), steps=steps, resume=resume, **changes))
+        except DecalError as error:
+            print(error, file=sys.stderr)
+            return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(script(sys.argv[1], resume="resume" in sys.argv[2:]))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decal.errors import StorageError, TrainingError
+from decal.errors import StorageError
 from decal.train.events import Checkpoint, Job, Note, Saved
 from decal.train.optim import Optimizer, misfit
 
@@ -84,33 +84,38 @@ def save(job: Job, optimizer: Optimizer, progress: Progress, seconds: float) -> 
         "circumstances": circumstances(optimizer.device),
         "settings": job.settings.model_dump(),
     }
-    trainable = {name: p.detach() for name, p in job.parameters.items()}
-    tensors = {"trainable": trainable, "optimizer": optimizer.tensors()}
-    job.run.write_checkpoint(progress.step, tensors, state)
+    files = {"trainable": job.parameters, "optimizer": optimizer.tensors()}
+    tensors = {
+        stem: {name: t.detach().cpu() for name, t in named.items()} for stem, named in files.items()
+    }
+    job.run.write_checkpoint(progress.step, tensors, state, best=progress.best_step)
     job.observe(Saved(step=progress.step))
 
 
-def restore(job: Job, optimizer: Optimizer) -> Progress:
-    """Sets parameters, optimizer and generators to the newest checkpoint, if there is one.
+def start(job: Job, optimizer: Optimizer) -> Progress:
+    """The beginning, or with `job.resume` the newest checkpoint, if there is one.
 
-    Metrics of steps after it are dropped. Differences in settings or circumstances are warned of.
+    Sets torch's generators (to the run's seed at the beginning: a run that was killed before its
+    first checkpoint starts over as it was), and on resume parameters and optimizer. Metrics of
+    later steps are dropped. Differences in settings or circumstances are warned of.
 
     Raises:
         TrainingError: the checkpoint belongs to other parameters.
     """
-    found, warnings = job.run.latest_checkpoint()
-    for text in warnings:
-        job.observe(Note(text=text))
+    found = job.run.latest_checkpoint() if job.resume else None
     if found is None:
+        torch.manual_seed(job.settings.seed)
         job.run.truncate_metrics(0)
         return Progress()
+    if found.warning:
+        job.observe(Note(text=found.warning))
     state = found.state
     _warn_of_changes(job, optimizer, state)
     load_trainable(job, found)
     optimizer.load(found.tensors("optimizer"), state["scaler"])
     _set_generators(state["rng"], optimizer.device)
     job.run.truncate_metrics(found.step)
-    lines = job.run.read_metrics()
+    lines = job.run.metrics()
     progress = Progress(
         step=found.step,
         tokens=state["tokens"],
@@ -150,8 +155,8 @@ def _take_best(job: Job, progress: Progress, best: Mapping[str, Any]) -> None:
     """Goes on comparing with the best so far, provided that its weights can still be read."""
     if best["step"] != progress.step:
         try:
-            job.run.checkpoint(best["step"]).tensors("trainable")
-        except (StorageError, TrainingError) as error:
+            job.run.checkpoint(best["step"])
+        except StorageError as error:
             text = f"the best weights so far (step {best['step']}) are lost: {error.message}"
             job.observe(Note(text=text))
             return

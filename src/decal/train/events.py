@@ -51,7 +51,7 @@ class Steps(Protocol):
 
 
 class Checkpoint(Protocol):
-    """One checkpoint on disk."""
+    """One checkpoint on disk, found sound."""
 
     @property
     def step(self) -> int: ...
@@ -59,34 +59,45 @@ class Checkpoint(Protocol):
     @property
     def state(self) -> Mapping[str, Any]: ...
 
+    @property
+    def warning(self) -> str | None:
+        """Set if a newer checkpoint was damaged and passed over."""
+        ...
+
     def tensors(self, stem: str) -> dict[str, Tensor]:
         """The tensors of `<stem>.safetensors`, on the CPU."""
         ...
 
 
 class RunFolder(Protocol):
-    """Where metrics and checkpoints go. Every write is whole or not at all."""
+    """Where metrics and checkpoints go (store/run.py). Every write is whole or not at all, and
+    raises StorageError if the disk refuses."""
 
-    def append_metrics(self, line: Mapping[str, Any]) -> None: ...
+    def append_metrics(self, row: Mapping[str, Any]) -> None: ...
 
     def truncate_metrics(self, step: int) -> None:
-        """Drops the lines of later steps."""
+        """Drops the rows of later steps."""
         ...
 
-    def read_metrics(self) -> list[dict[str, Any]]: ...
+    def metrics(self) -> list[dict[str, Any]]: ...
 
     def write_checkpoint(
-        self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> None:
-        """Writes it beside and renames; keeps the newest two and that of `state["best"]`."""
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        state: Mapping[str, Any],
+        *,
+        best: int | None = None,
+    ) -> object:
+        """Keeps the newest two and that of step `best`."""
         ...
 
-    def latest_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest whole checkpoint, and one warning for each damaged one that was passed by."""
+    def latest_checkpoint(self) -> Checkpoint | None:
+        """The newest sound one; None if the run has none yet."""
         ...
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """The checkpoint of that step; StorageError if it is gone or damaged."""
+        """The checkpoint of that step; StorageError if it is missing or damaged."""
         ...
 
 

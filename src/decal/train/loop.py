@@ -98,7 +98,7 @@ def train(job: Job) -> Result:
         PeakMemory(optimizer.device) as memory,
         StopSignal(job.observe) as stop,
     ):
-        progress = checkpoint.restore(job, optimizer) if job.resume else _begin(job)
+        progress = checkpoint.start(job, optimizer)
         clock = _Clock(progress, total)
 
         for step in islice(job.steps.steps(progress.step), total - progress.step):
@@ -120,11 +120,6 @@ def train(job: Job) -> Result:
             raise TrainingError(f"the data ended after step {progress.step} of {total}")
         kept = _keep(job, progress)
         return _result(progress, kept, clock.seconds(), memory)
-
-
-def _begin(job: Job) -> Progress:
-    job.run.truncate_metrics(0)
-    return Progress()
 
 
 class _Clock:
