@@ -1,8 +1,8 @@
 """The ops by name: their schemas, and which implementation runs.
 
 Knows no modules and no models. Callers use the functions below and never a backend file. A faster
-backend is one more entry in `BACKENDS`, before `torch`. `reference.py` is the specification: its
-docstrings say shapes, dtypes and formulas, and every backend agrees with it.
+backend is one more entry in `BACKENDS`, before `torch`. The `reference_*.py` files are the
+specification: their docstrings say shapes, dtypes and formulas, and every backend agrees with them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from decal.kernels import reference
+from decal.kernels import reference_attention, reference_dropout, reference_quant
 
 
 class Choice(NamedTuple):
@@ -24,11 +24,13 @@ class Choice(NamedTuple):
 
 
 BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
-    "quantize_4bit": {"torch": reference.quantize_4bit},
-    "dequantize_4bit": {"torch": reference.dequantize_4bit},
-    "dynamic_map": {"torch": reference.dynamic_map},
-    "quantize_8bit": {"torch": reference.quantize_8bit},
-    "dequantize_8bit": {"torch": reference.dequantize_8bit},
+    "quantize_4bit": {"torch": reference_quant.quantize_4bit},
+    "dequantize_4bit": {"torch": reference_quant.dequantize_4bit},
+    "dynamic_map": {"torch": reference_quant.dynamic_map},
+    "quantize_8bit": {"torch": reference_quant.quantize_8bit},
+    "dequantize_8bit": {"torch": reference_quant.dequantize_8bit},
+    "dropout_keep": {"torch": reference_dropout.dropout_keep},
+    "attention_flat": {"torch": reference_attention.attention_flat},
 }
 """Implementations of each op by backend, the preferred one first."""
 
@@ -72,3 +74,33 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
 def dequantize_8bit(index: Tensor, absmax: Tensor, code: Tensor, block_size: int) -> Tensor:
     """uint8 [n] and float32 scales -> float32 [n]."""
     return _run("dequantize_8bit")(index, absmax, code, block_size)
+
+
+def dropout_keep(
+    seed: int,
+    epoch: int,
+    adapter: int,
+    input: int,
+    sample_ids: Tensor,
+    positions: Tensor,
+    features: int,
+    p: float,
+) -> Tensor:
+    """int64 [T] ids and positions -> bool [T, features], true with probability 1 - p."""
+    keep = _run("dropout_keep")
+    return keep(seed, epoch, adapter, input, sample_ids, positions, features, p)
+
+
+def attention_flat(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seq_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """q [T, Hq, D], k [T, Hk, D], v [T, Hk, Dv] -> [T, Hq, Dv], causal inside each sequence."""
+    attend = _run("attention_flat")
+    return attend(q, k, v, cu_seq_lens, scale, window, softcap, sinks)

@@ -47,7 +47,10 @@ class Packed:
 class QuantFormat(Protocol):
     """One format. All methods are pure."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The registry's name for it."""
+        ...
 
     def quantize(self, weight: Tensor, recipe: Recipe) -> Packed:
         """Packs a [out, in] floating weight; raises QuantError for what it cannot hold."""

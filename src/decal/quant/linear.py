@@ -102,7 +102,7 @@ class QuantLinear(nn.Module):
     @property
     def packed(self) -> Packed:
         """The packed weight; its parts are this layer's parameters, not copies."""
-        parts = {name: self._parameters[name] for name in self.part_names}
+        parts: dict[str, Tensor] = {name: getattr(self, name) for name in self.part_names}
         return Packed(recipe=self.recipe, shape=self.shape, dtype=self.source_dtype, parts=parts)
 
     @property
@@ -139,7 +139,7 @@ class QuantLinear(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
-        parts = [self._parameters[name] for name in self.part_names]
+        parts = list(self.packed.parts.values())
 
         def moved(tensor: Tensor) -> Tensor:
             new = fn(tensor)
@@ -158,7 +158,7 @@ class QuantLinear(nn.Module):
     ) -> None:
         """As torch's, but a part of another dtype is refused: copying would cast codes."""
         for name in self.part_names:
-            given, held = state_dict.get(prefix + name), self._parameters[name]
+            given, held = state_dict.get(prefix + name), getattr(self, name)
             if given is not None and given.dtype != held.dtype:
                 raise QuantError(
                     f"`{prefix}{name}` is {given.dtype} in the state dict, the layer holds "

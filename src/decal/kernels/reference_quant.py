@@ -1,4 +1,4 @@
-"""Every op in plain torch: the specification, and the fallback on every device.
+"""4-bit and 8-bit blocks in plain torch: the specification, and the fallback on every device.
 
 Knows tensors only: no module, no format, no model. `ops.py` says which implementation runs.
 
@@ -89,10 +89,10 @@ def quantize_4bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
     Returns:
         uint8 [(n + 1) // 2, 1] and float32 absmax [ceil(n / block_size)].
     """
-    order = torch.argsort(code, stable=True)
-    ascending = code[order]
+    sorting = torch.argsort(code, stable=True)
+    ascending = code[sorting]
     per_unit, below, inside = _cells((ascending[:-1] + ascending[1:]) / 2)
-    order = None if torch.equal(ascending, code) else order.to(torch.uint8)
+    order = None if torch.equal(ascending, code) else sorting.to(torch.uint8)
     n, chunk = x.numel(), _chunk(x.device)
     packed = torch.empty((n + 1) // 2, dtype=torch.uint8, device=x.device)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)

@@ -1,0 +1,116 @@
+"""Causal attention over a flattened batch in plain torch: the specification of `attention_flat`.
+
+Knows tensors only: no mask tensor of the whole batch, no model. Sequences lie one after the other;
+none sees another. Sequences of equal length are stacked and computed together, so a batch costs as
+many calls as it has distinct lengths, and no padding.
+
+    s[i, j] = scale * q[i] . k[j]                      query head h uses key head h // (Hq / Hk)
+    s = softcap * tanh(s / softcap)                    where a soft cap is given (Gemma 2)
+    visible: 0 <= i - j, and i - j < window            where a window is given (transformers' rule)
+    out[i] = sum_j exp(s[i, j]) v[j] / (sum_j exp(s[i, j]) + exp(sink))     sink 0 if none (gpt-oss)
+
+Without window, soft cap or sinks torch's fused attention runs; else the softmax is written out in
+float32 (float64 for float64 inputs), a few sequences at a time so that the scores stay bounded. A
+window that no sequence of the group exceeds is no window.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+_SCORES = 1 << 25
+"""Most scores held at once by the written-out softmax, one sequence apart."""
+
+
+def attention_flat(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seq_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention inside each sequence, differentiable in q, k, v and sinks.
+
+    Args:
+        q: [T, Hq, D] floating.
+        k: [T, Hk, D], Hk divides Hq.
+        v: [T, Hk, Dv].
+        cu_seq_lens: int [n + 1], from 0 to T, not descending.
+        scale: factor of the scores.
+        window: how many positions a token sees, its own included.
+        softcap: bound of the scores.
+        sinks: [Hq], one more logit per head whose value is zero.
+
+    Returns:
+        [T, Hq, Dv] in q's dtype.
+
+    Raises:
+        ValueError: cu_seq_lens does not cover T.
+    """
+    edges = cu_seq_lens.tolist()
+    if edges[0] != 0 or edges[-1] != q.shape[0]:
+        raise ValueError(
+            f"cu_seq_lens runs from {edges[0]} to {edges[-1]}, q has {q.shape[0]} rows"
+        )
+    starts: dict[int, list[int]] = {}
+    for start, stop in zip(edges, edges[1:], strict=False):
+        if stop > start:
+            starts.setdefault(stop - start, []).append(start)
+
+    def attend(length: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rows of equal sequences, stacked: [n * length, heads, D] -> [n * length, Hq, Dv]."""
+        stacked = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v)]
+        seen = window if window is not None and window < length else None
+        if seen is None and softcap is None and sinks is None:
+            out = scaled_dot_product_attention(
+                *stacked, is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+            )
+        else:
+            step = max(1, _SCORES // (q.shape[1] * length * length))
+            parts = zip(*(x.split(step) for x in stacked), strict=True)
+            out = torch.cat([_written_out(*x, scale, seen, softcap, sinks) for x in parts])
+        return out.transpose(1, 2).flatten(0, 1)
+
+    if len(starts) == 1:
+        return attend(next(iter(starts)), q, k, v)
+    rows, outs = [], []
+    for length, begins in starts.items():
+        at = torch.tensor(begins)[:, None] + torch.arange(length)
+        rows.append(at.view(-1).to(q.device))
+        outs.append(attend(length, *(x.index_select(0, rows[-1]) for x in (q, k, v))))
+    return torch.cat(outs).index_select(0, torch.argsort(torch.cat(rows)))
+
+
+def _written_out(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """q [n, Hq, S, D], k [n, Hk, S, D], v [n, Hk, S, Dv] -> [n, Hq, S, Dv]."""
+    n, heads, length, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    groups = heads // k.shape[1]
+    q_ = q.to(wide).unflatten(1, (-1, groups))
+    scores = q_ @ k.to(wide)[:, :, None].transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    at = torch.arange(length, device=q.device)
+    apart = at[:, None] - at[None, :]
+    visible = apart >= 0
+    if window is not None:
+        visible = visible & (apart < window)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        sink = sinks.to(wide).view(1, -1, groups, 1, 1).expand(n, -1, -1, length, 1)
+        scores = torch.cat([scores, sink], -1)
+    share = torch.softmax(scores, -1)[..., :length]
+    return (share @ v.to(wide)[:, :, None]).flatten(1, 2).to(q.dtype)
