@@ -23,11 +23,18 @@ from torch import Tensor
 class BaseLayer(Protocol):
     """A frozen layer that an adapter can sit on."""
 
-    kind: str
-    """linear | embedding | experts"""
-    shape: tuple[int, int]
-    """[out, in] in logical orientation, whatever the storage."""
-    bias: Tensor | None
+    @property
+    def kind(self) -> str:
+        """linear | embedding | experts"""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in] in logical orientation, whatever the storage."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None: ...
 
     def weight(self) -> Tensor:
         """The weight as [out, in], dequantized if it was quantized."""

@@ -12,6 +12,7 @@ so an adapter on it would silently do nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -44,23 +45,26 @@ class LinearView:
 class Conv1DView:
     """transformers' Conv1D, which stores its weight as [in, out]."""
 
-    module: nn.Module
+    module: Any
     kind: str = "linear"
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self.module.weight.shape
-        return (columns, rows)
+        columns, rows = self.module.weight.shape
+        return (rows, columns)
 
     @property
     def bias(self) -> Tensor | None:
-        return self.module.bias
+        bias: Tensor | None = self.module.bias
+        return bias
 
     def weight(self) -> Tensor:
-        return self.module.weight.t()
+        weight: Tensor = self.module.weight
+        return weight.t()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.module(x)
+        y: Tensor = self.module(x)
+        return y
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from decal.adapters.views import Conv1DView
 from decal.config import LoraConfig
-from decal.model.inject import adapter_state, adapters_of
+from decal.model.inject import adapted_layers, adapter_state, adapters_of
 from decal.store.peft import LoraTensors, PeftAdapter, read_adapter, write_adapter
 
 
@@ -64,10 +65,10 @@ class Adapter:
             module: LoraTensors(*(t.detach().to("cpu", copy=True) for t in parts[:2]))
             for module, parts in state.items()
         }
-        originals = (m for m in model.modules() if type(m).__name__ == "Conv1D")
+        layers = adapted_layers(model)
         named: dict[str, Any] = {
             "base": getattr(model, "name_or_path", None) or None,
-            "fan_in_fan_out": next(originals, None) is not None,
+            "fan_in_fan_out": any(isinstance(layers[module].base, Conv1DView) for module in state),
             "source": name,
         }
         return cls(config=adapters_of(model)[name], tensors=tensors, **{**named, **facts})

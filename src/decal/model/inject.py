@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from decal.adapters import (
     METHODS,
     AdaptedLayer,
+    Adapter,
     LowRank,
     Routing,
     RoutingState,
@@ -168,16 +169,18 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         for layer in layers.values():
             if gone in layer.adapters:
                 del layer.adapters[gone]
-    empty = {layer: layer.base_layer for layer in layers.values() if not layer.adapters}
+    empty: dict[nn.Module, nn.Module] = {
+        layer: layer.base_layer for layer in layers.values() if not layer.adapters
+    }
     _replace(model, empty)
     if attached.configs:
         kept = tuple(w for w in attached.state.routing.weights if w[0] in attached.configs)
         _activate(model, Routing(kept or ((list(attached.configs)[-1], 1.0),)))
         return
     for key, parameter in model.named_parameters():
-        parameter.requires_grad_(attached.requires_grad[key])
+        parameter.requires_grad_(attached.requires_grad.get(key, parameter.requires_grad))
     for key, module in model.named_modules():
-        module.training = attached.training[key]
+        module.training = attached.training.get(key, module.training)
     del model.decal_adapters
 
 
@@ -202,7 +205,7 @@ def use(model: nn.Module, which: str | Mapping[str, float]) -> Use:
     if list(wanted.values()) != [1.0]:
         for module, layer in adapted_layers(model).items():
             for name in wanted.keys() & layer.adapters.keys():
-                if layer.adapters[name].low_rank() is None:
+                if _adapter(layer, name).low_rank() is None:
                     raise AdapterError(
                         f"adapter `{name}` is not low-rank on {module} and cannot be weighted"
                     )
@@ -246,7 +249,8 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, LowRank]
     """Module name -> the adapter's factors (the parameters themselves), in the model's order."""
     _known(_require(model), name)
     layers = adapted_layers(model).items()
-    return {m: layer.adapters[name].low_rank() for m, layer in layers if name in layer.adapters}
+    parts = {m: _adapter(layer, name).low_rank() for m, layer in layers if name in layer.adapters}
+    return {m: factors for m, factors in parts.items() if factors is not None}
 
 
 def load_state(
@@ -261,11 +265,11 @@ def load_state(
     problems = [f"{m}: the model's adapter has no such module" for m in tensors.keys() - slots]
     problems += [f"{m}: no tensors for it" for m in slots.keys() - tensors]
     for module in slots.keys() & tensors.keys():
-        for part in (0, 1):
-            want, have = tuple(slots[module][part].shape), tuple(tensors[module][part].shape)
-            if want != have:
-                letter = "AB"[part]
-                problems.append(f"{module}: lora_{letter} is {list(have)}, not {list(want)}")
+        for letter, own, given in zip("AB", slots[module][:2], tensors[module][:2], strict=True):
+            if own.shape != given.shape:
+                problems.append(
+                    f"{module}: lora_{letter} is {list(given.shape)}, not {list(own.shape)}"
+                )
     if problems:
         raise AdapterError(
             f"{len(problems)} of {len(slots.keys() | tensors.keys())} modules do not fit adapter "
@@ -283,7 +287,7 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     return parameter_counts(model)
 
 
-def parameter_line(model: nn.Module) -> str:
+def trainable_line(model: nn.Module) -> str:
     """`trainable params: … || all params: … || trainable%: …`, the line people know.
 
     Raises:
@@ -294,6 +298,11 @@ def parameter_line(model: nn.Module) -> str:
         raise TrainingError("0 parameters are trainable", hint="attach an adapter first")
     share = 100 * trainable / total
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+
+
+def _adapter(layer: AdaptedLayer, name: str) -> Adapter:
+    adapter: Any = layer.adapters[name]
+    return adapter  # type: ignore[no-any-return]
 
 
 def _attached(model: nn.Module) -> _Attached | None:

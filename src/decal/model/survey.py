@@ -42,7 +42,7 @@ def module_infos(model: nn.Module) -> dict[str, ModuleInfo]:
         view = base_view(module)
         infos[name] = ModuleInfo(
             kind=view.kind if view is not None else "other",
-            shape=tuple(view.shape) if view is not None else None,
+            shape=view.shape if view is not None else None,
             cls=type(module).__name__,
             is_head=module is head,
             attention=name.startswith(tuple(inside)),
@@ -102,11 +102,11 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     trainable = total = 0
     counted: set[int] = set()
     for module in model.modules():
-        packed = isinstance(module, BaseLayer)
-        if packed:
-            total += module.shape[0] * module.shape[1]
+        packed = module if isinstance(module, BaseLayer) else None
+        if packed is not None:
+            total += packed.shape[0] * packed.shape[1]
         for parameter in module.parameters(recurse=False):
-            if id(parameter) in counted or (packed and parameter is not module.bias):
+            if id(parameter) in counted or (packed is not None and parameter is not packed.bias):
                 continue
             counted.add(id(parameter))
             total += parameter.numel()
@@ -126,8 +126,9 @@ def _head(model: nn.Module) -> nn.Module | None:
     """
     get = getattr(model, "get_output_embeddings", None)
     head = get() if get is not None else None
-    if head is None and getattr(model, "base_model_prefix", ""):
-        body = getattr(model, model.base_model_prefix, None)
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    if head is None and prefix:
+        body = getattr(model, prefix, None)
         beside = [m for m in model.children() if m is not body and base_view(unwrapped(m))]
         head = beside[-1] if isinstance(body, nn.Module) and beside else None
     return None if head is None else unwrapped(head)
