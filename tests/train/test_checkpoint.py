@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import signal
@@ -332,3 +333,33 @@ def test_one_ctrl_c_is_announced_once(tmp_path: Path) -> None:
     train(job(whole))
     train(job(run, resume=True))
     assert exact(run.lines) == exact(whole.lines)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No space at the checkpoint of step 8: exit 1, step 4 intact, and with space the same end.
+
+    Mutation: remove old checkpoints before writing the new one.
+    """
+    path = tmp_path / "run"
+    sync = os.fsync
+
+    def full(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 8:
+
+            def refuse(handle: int) -> None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            monkeypatch.setattr(os, "fsync", refuse)
+
+    with RunFolder.create(path, "tiny\n") as run:
+        with pytest.raises(StorageError) as caught:
+            train(job(run, observe=full))
+        assert caught.value.exit_code == 1
+        monkeypatch.setattr(os, "fsync", sync)
+        assert run.steps() == [4]
+    with RunFolder.open(path) as run, RunFolder.create(tmp_path / "straight", "tiny\n") as whole:
+        train(job(run, resume=True))
+        train(job(whole))
+        assert_same_end(whole, run)
