@@ -162,11 +162,14 @@ def require_space(out: Path, needed: int) -> None:
         )
 
 
-def check_free(out: Path, *, force: bool, hint: str | None = None) -> None:
+def check_free(
+    out: Path, *, force: bool, marker: str | None = None, hint: str | None = None
+) -> None:
     """Raises OutputError if `out` is a file, or a non-empty folder and `force` is off.
 
-    With `force`, a folder that no output can be (the home folder, or one that holds the working
-    directory) is still refused, because replacing it would remove far more than an old output.
+    Replacing a folder removes all of it. So with `force` it must hold the file `marker`, by which
+    an output of this kind is known, and it must not be the home folder or hold the working
+    directory.
     """
     if not out.exists():
         return
@@ -179,6 +182,11 @@ def check_free(out: Path, *, force: bool, hint: str | None = None) -> None:
     if not force:
         hint = hint or "choose another output, or replace it with --force"
         raise OutputError(f"`{out}` exists and is not empty", hint=hint)
+    if marker is not None and not (out / marker).exists():
+        raise OutputError(
+            f"`{out}` is not empty and has no {marker}: --force would remove something else",
+            hint="choose another output",
+        )
     place = out.resolve()
     if place in (Path.home().resolve(), Path.cwd(), *Path.cwd().parents):
         raise OutputError(
@@ -204,20 +212,20 @@ def file_lock(handle: int) -> bool:
 
 @contextmanager
 def atomic_folder(
-    out: str | os.PathLike[str], *, force: bool = False, hint: str | None = None
+    out: str | os.PathLike[str], *, force: bool = False, marker: str | None = None
 ) -> Iterator[Path]:
     """Yields an empty hidden folder beside `out` that becomes `out` when the block ends well.
 
     On any exception, Ctrl-C included, the hidden folder is removed and `out` is as it was. With
-    `force`, a non-empty `out` is replaced as a whole.
+    `force`, a non-empty `out` that holds the file `marker` is replaced as a whole.
 
     Raises:
-        OutputError: `out` is a file, or not empty without `force` (with `hint`).
+        OutputError: `out` may not be written (`check_free`).
         StorageError: the disk refused; OSErrors of the block about the new folder included.
     """
     target = Path(os.path.realpath(out))
     with scratch_folder(target) as temporary:
-        check_free(Path(out), force=force, hint=hint)
+        check_free(Path(out), force=force, marker=marker)
         yield temporary
         _sync_tree(temporary)
         _put_in_place(temporary, target)

@@ -53,6 +53,13 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _FLOATS = ("F32", "BF16", "F16")
+_UNKNOWN = "neither lora_A.weight nor lora_B.weight of a module"
+_FOREIGN = {
+    "lora_magnitude_vector": "a DoRA magnitude",
+    "lora_embedding_A": "LoRA on an embedding",
+    "lora_embedding_B": "LoRA on an embedding",
+    "trainable_tokens_delta": "trained token embeddings",
+}
 _AGAIN = "the file was cut off or changed; copy or download the adapter again"
 
 
@@ -144,7 +151,7 @@ def write_adapter(
                 os.replace(folder / name, out / name)
             fsync_folder(out)
         return
-    with atomic_folder(out, force=exist == "replace") as folder:
+    with atomic_folder(out, force=exist == "replace", marker=CONFIG_NAME) as folder:
         _write_folder(folder, adapter)
 
 
@@ -234,7 +241,7 @@ def _pairs(file: TensorFile, rank: Any) -> tuple[dict[str, dict[str, str]], list
         if not key.startswith(_PREFIX) or module.startswith(_PREFIX):
             problems.append(f"{key}: does not have the prefix `{_PREFIX}` once")
         elif suffix is None or not module:
-            problems.append(f"{key}: neither lora_A.weight nor lora_B.weight of a module")
+            problems.append(f"{key}: {_foreign(key)}")
         elif len(entry.spec.shape) != 2 or entry.spec.dtype not in _FLOATS:
             problems.append(f"{key}: {entry.spec.dtype} {list(entry.spec.shape)} is no factor")
         else:
@@ -253,6 +260,12 @@ def _pairs(file: TensorFile, rank: Any) -> tuple[dict[str, dict[str, str]], list
     if not file.entries:
         problems.append("the file holds no tensors")
     return pairs, problems
+
+
+def _foreign(key: str) -> str:
+    if key.endswith(".base_layer.weight"):
+        return "a copy of the base's own weight (save again with save_embedding_layers=False)"
+    return _FOREIGN.get(key.rpartition(".")[2], _UNKNOWN)
 
 
 def _unnamed(pairs: Mapping[str, object], config: LoraConfig) -> list[str]:

@@ -88,9 +88,7 @@ class RunFolder:
             StorageError: the disk refused.
         """
         out = Path(path)
-        hint = "go on with --resume, start over with --force, or choose another output"
-        if not _only_lock(out):
-            check_free(out, force=force, hint=hint)
+        cls.check_new(out, force=force)
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
         run = cls(out, _hold(out))
@@ -103,6 +101,14 @@ class RunFolder:
             run.close()
             raise
         return run
+
+    @classmethod
+    def check_new(cls, path: str | os.PathLike[str], *, force: bool = False) -> None:
+        """Raises OutputError if `create` would; writes nothing."""
+        out = Path(path)
+        hint = "go on with --resume, start over with --force, or choose another output"
+        if not _only_lock(out):
+            check_free(out, force=force, hint=hint)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> RunFolder:
