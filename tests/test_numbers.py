@@ -73,7 +73,7 @@ def test_all_parameters(skeletons: dict[str, Any], model: str) -> None:
 def test_trainable_parameters(
     skeletons: dict[str, Any], model: str, targets: Any, wanted: tuple[int, ...]
 ) -> None:
-    """sum of r * (in + out). Mutations: adapt the head with all-linear; leave the base trainable."""
+    """sum of r * (in + out). Mutations: all-linear with the head; leave the base trainable."""
     skeleton = skeletons[model]
     for r, count in zip(RANKS, wanted, strict=True):
         found = attach(skeleton, LoraConfig(r=r, target_modules=targets))
