@@ -10,6 +10,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from decal.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from decal.config import FullConfig as FullConfig
     from decal.config import LoraConfig as LoraConfig
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from decal.verbs.load import save_adapter as save_adapter
     from decal.verbs.merge import merge as merge
     from decal.verbs.train import train as train
-
-__version__ = "0.1.0"
 
 _HOME = {
     "Adapter": "decal.model.adapter",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,7 +48,7 @@ def compare(
     if as_json:
         console.show_json(found)
     else:
-        console.facts(found)
+        _show(found)
 
 
 def _named(adapters: list[str]) -> dict[str, str]:
@@ -68,3 +68,19 @@ def _named(adapters: list[str]) -> dict[str, str]:
             )
         named[name] = path
     return named
+
+
+def _show(found: dict[str, Any]) -> None:
+    """Answers under their prompts, then one line of numbers per model."""
+    results: dict[str, dict[str, Any]] = found["results"]
+    width = max(len(name) for name in results)
+    for i, prompt in enumerate(found.get("prompts", [])):
+        console.write(f"prompt: {prompt}")
+        for name, values in results.items():
+            console.write(f"  {name:<{width}}  {' '.join(values['outputs'][i].split())}")
+    measured = [k for k in next(iter(results.values())) if k != "outputs"]
+    if measured:
+        console.write(f"{'':<{width}}  " + "  ".join(f"{k:>12}" for k in measured))
+        for name, values in results.items():
+            numbers = "  ".join(f"{values[k]:>12.6g}" for k in measured)
+            console.write(f"{name:<{width}}  {numbers}")

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from decal.cli import console
+from decal.errors import DecalError
 
 
 def merge(
@@ -31,7 +32,7 @@ def merge(
     Writes the base with the adapter's update added, as a plain model folder that needs no decal.
     BASE may be left out where the adapter says what it was trained on.
     """
-    from decal.errors import DecalError
+    from decal.cli.bytes import Bytes
     from decal.verbs.merge import merge as merge_adapter
 
     if len(paths) > 2:
@@ -40,5 +41,8 @@ def merge(
             hint="decal merge BASE ADAPTER -o OUT",
         )
     base = paths[0] if len(paths) == 2 else None
-    report = merge_adapter(base, paths[-1], out, dtype=dtype, onto=onto, force=force)
-    console.facts(report.summary())
+    with Bytes(console.log(), "merging") as progress:
+        merged = merge_adapter(
+            base, paths[-1], out, dtype=dtype, onto=onto, force=force, observe=progress.observe
+        )
+    console.facts(merged.summary())

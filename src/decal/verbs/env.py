@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-import decal
 from decal.kernels import ops
+from decal.version import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
 PEERS = ("peft", "bitsandbytes", "accelerate", "triton")
@@ -57,7 +57,7 @@ def env() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"decal": decal.__version__, "python": platform.python_version()}
+    found = {"decal": __version__, "python": platform.python_version()}
     for name in (*PACKAGES, *PEERS):
         try:
             found[name] = version(name)
