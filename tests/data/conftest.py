@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer built here, and chat templates of the usual shapes, written by us."""
+"""A small byte-level tokenizer built here, and chat templates of the usual shapes, made by us."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ THINKING = (
     "{% if loop.index0 > ns.last %}<think>\n"
     "{% if '</think>' in m.content %}"
     "{{ m.content.split('</think>')[0].split('<think>')[-1].strip('\n') }}{% endif %}"
-    "\n</think>\n\n{% endif %}{{ answer }}"
+    "{{ '\n</think>\n\n' }}{% endif %}{{ answer }}"
     "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )

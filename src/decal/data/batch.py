@@ -10,9 +10,10 @@ IGNORE. The last token of a sample predicts nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 IGNORE = -100
@@ -45,3 +46,13 @@ class Batch:
     """Trained tokens: targets that are not IGNORE."""
     tokens: int
     """Real tokens, padding apart."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`; itself if they are there."""
+        if self.input_ids.device == torch.device(device):
+            return self
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            k: v.to(device) for k, v in tensors.items() if isinstance(v, Tensor)
+        }
+        return replace(self, **moved)

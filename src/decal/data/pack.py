@@ -20,6 +20,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 import numpy as np
@@ -54,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Batches:
-    """The steps of a run.
+    """The samples as optimizer steps, epoch after epoch; the training loop says when to stop.
 
     Raises:
         DataError: there are no samples.
@@ -65,10 +66,6 @@ class Batches:
     """Samples per step."""
     micro_batch_tokens: int
     """Most tokens in a micro-batch; in the padded layout padding counts."""
-    epochs: float = 1.0
-    """Passes over the samples; parts of a pass are rounded up to whole steps."""
-    max_steps: int | None = None
-    """If given, the number of steps, whatever `epochs` says."""
     seed: int = 0
     layout: LayoutName = "flat"
     pad_id: int = 0
@@ -83,21 +80,14 @@ class Batches:
         """Steps in a whole pass; the last may be smaller."""
         return math.ceil(len(self.samples) / self.batch_size)
 
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run."""
-        if self.max_steps is not None:
-            return self.max_steps
-        return max(1, math.ceil(self.epochs * self.steps_per_epoch - 1e-9))
-
     def order(self, epoch: int) -> NDArray[np.int64]:
         """Indices of the samples in the order of an epoch, int64 [n]."""
         return permutation(len(self.samples), self.seed, epoch)
 
-    def steps(self, start_step: int = 0) -> Iterator[Step]:
-        """The steps after the first `start_step`; each is built when it is asked for."""
+    def steps(self, start: int = 0) -> Iterator[Step]:
+        """The steps from index `start` on, without end; each is built when it is asked for."""
         order, order_epoch = self.order(0), 0
-        for index in range(start_step, self.total_steps):
+        for index in count(start):
             epoch, place = divmod(index, self.steps_per_epoch)
             if epoch != order_epoch:
                 order, order_epoch = self.order(epoch), epoch

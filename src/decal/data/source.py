@@ -156,7 +156,7 @@ def _jsonl(path: Path) -> Iterator[RawRow]:
 
 def _json_line(number: int, line: bytes) -> object | RowError:
     try:
-        row: object = json.loads(line.decode("utf-8"))
+        row: object = json.loads(line.decode("utf-8").rstrip())
         return row
     except UnicodeDecodeError as error:
         bad = line[error.start]
@@ -222,7 +222,7 @@ def _is_hub_id(path: str) -> bool:
 
 
 def _hub_rows(path: str, split: str, limit: int | None) -> Iterator[RawRow]:
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     try:
         rows = datasets.load_dataset(path, split=split)
@@ -331,14 +331,15 @@ def _message(i: int, turn: object, ignored: set[str]) -> Message:
             hint=f"did you mean `{near}`?" if near else f"roles are {', '.join(ROLES)}",
         )
     for key, value in turn.items():
-        if key in MEANINGFUL_KEYS and value is not None and value != []:
+        if key in ("role", "content") or value is None or value == []:
+            continue
+        if key in MEANINGFUL_KEYS:
             raise RowError(
                 f"`{key}` in a message",
                 f"message {i} has `{key}`, which cannot be trained on yet",
                 hint=f"write what the model shall say into `content`, and remove `{key}`",
             )
-        if key not in ("role", "content") and value is not None:
-            ignored.add(f"messages[].{key}")
+        ignored.add(f"messages[].{key}")
     content = _text(turn.get("content"), f"`content` of message {i} ({role})", "`content`")
     if role == "assistant" and not content.strip():
         raise RowError("empty assistant message", f"message {i} (assistant) is empty")

@@ -39,21 +39,26 @@ class DataSummary:
     def lines(self) -> list[str]:
         """The summary in plain sentences; the second and later lines only where they say much."""
         lines = [
-            f"{self.rows:,} rows, {self.tokens:,} tokens, {self.trained:,} trained "
+            f"{_count(self.rows, 'row')}, {self.tokens:,} tokens, {self.trained:,} trained "
             f"({self.trained_share:.1%}), longest {self.longest:,}",
-            f"end-of-turn token trained in {self.ended_rows:,} of {self.rows:,} rows",
+            f"end-of-turn token trained in {self.ended_rows:,} of {_count(self.rows, 'row')}",
         ]
         if self.truncated_rows:
+            share = self.truncated_rows / self.rows
             lines.append(
-                f"{self.truncated_rows:,} rows truncated ({self.truncated_rows / self.rows:.1%}): "
-                f"{self.tokens_cut:,} tokens cut, {self.trained_cut:,} of them trained"
+                f"{_count(self.truncated_rows, 'row')} truncated ({share:.1%}): "
+                f"{_count(self.tokens_cut, 'token')} cut, {self.trained_cut:,} of them trained"
             )
         if self.straddling:
             lines.append(
-                f"{self.straddling:,} tokens begin in a prompt and end in what is trained; "
-                "they are not trained"
+                f"not trained: {_count(self.straddling, 'token')} with both the end of a prompt "
+                "and the beginning of what is trained"
             )
         return lines
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def summarize(samples: Sequence[Sample]) -> DataSummary:

@@ -1,6 +1,6 @@
 """The objective protocol: from logits and a batch to a loss sum. Knows no models.
 
-An objective is a module with these four functions; `OBJECTIVES` names it.
+An objective is a module with these three functions; `OBJECTIVES` names it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,7 @@ class Objective(Protocol):
     """What training and evaluation ask of an objective."""
 
     def trained_positions(self, batch: Batch) -> Tensor:
-        """Sequence positions whose logits are needed: `logits_to_keep` of transformers."""
-
-    def trained_logits(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Those logits and targets, one row per trained token."""
+        """Indices into the flattened batch at which logits are needed."""
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Differentiable sum over the trained tokens, fp32 scalar."""

@@ -9,17 +9,16 @@ step, so that micro-batches weigh as much as they hold.
 
 Memory decides how this is written. With 4,096 trained tokens and 152,000 words, logits are 1.2 GB
 in bf16; a plain `cross_entropy` on fp32 copies makes three more tensors of twice that size. Here
-only logits at trained positions exist (`trained_positions` goes to transformers as
-`logits_to_keep`), fp32 values live for one chunk of tokens at a time, forward keeps one
-log-sum-exp per token, and backward writes the gradient over the logits. So the peak is the logits
-once, in their own dtype.
+logits exist at trained positions only (`trained_positions`), fp32 values live for one chunk of
+tokens at a time, forward keeps two numbers per token (the highest logit, and the log of the sum of
+exponentials relative to it: their sum alone would lose the small losses of large logits), and
+backward writes the gradient over the logits. So the peak is the logits once, in their own dtype.
 
 The price: logits are consumed by backward. Whoever else needs them for its own backward gets
 autograd's in-place error, not a wrong gradient. Leaf tensors are left alone, and get a copy.
 
-Rejected: computing the gradient in forward (as fused linear losses do), which costs evaluation
-twice and needs the upstream gradient to be known to be one; checkpointed chunks, which run the
-log-softmax twice through autograd and keep its fp32 graph alive for a chunk.
+Rejected: computing the gradient already in forward (as fused linear losses do), which makes
+evaluation pay for it; checkpointed chunks, which run the log-softmax twice through autograd.
 """
 
 from __future__ import annotations
@@ -37,37 +36,18 @@ CHUNK_ELEMENTS = {"cpu": 2**21, "other": 2**25}
 
 
 def trained_positions(batch: Batch) -> Tensor:
-    """Positions whose logits are needed, ascending int64, for `logits_to_keep`.
+    """Positions whose logits are needed, ascending int64 [N] with N = batch.trained.
 
-    Flat: the trained positions of the one row. Padded: columns in which any sample trains a token
-    (transformers keeps the same columns of all rows; `trained_logits` picks from them).
+    They index the flattened batch: in a flat one the positions of the one row, for transformers'
+    `logits_to_keep`; in a padded one `sample * S + position`. So `batch.targets.flatten()` at these
+    indices are the targets that `loss` wants.
 
     Raises:
         DataError: no token of the batch is trained.
     """
     if batch.trained == 0:
         raise DataError(f"no token is trained in a batch of rows {_rows(batch)}")
-    return (batch.targets != IGNORE).any(dim=0).nonzero().squeeze(1)
-
-
-def trained_logits(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Logits and targets of the trained tokens.
-
-    Args:
-        logits: [1, K, V] or [n, K, V], computed at the K positions of `trained_positions(batch)`.
-        batch: the batch they belong to, on any device.
-
-    Returns:
-        Logits [N, V] (a view for flat batches) and int64 targets [N], N = batch.trained, sample by
-        sample in the order of `batch.rows`.
-    """
-    targets = batch.targets[:, trained_positions(batch)].to(logits.device)
-    if logits.shape[:2] != targets.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} are not at positions {targets.shape}")
-    if batch.layout == "flat":
-        return logits[0], targets[0]
-    chosen = targets != IGNORE
-    return logits[chosen], targets[chosen]
+    return (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
 
 
 def loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -94,7 +74,7 @@ def loss_per_sample(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """Loss sums and trained tokens of every sample, for evaluation.
 
     Args:
-        logits: [N, V] from `trained_logits`.
+        logits: [N, V] at `trained_positions(batch)`.
         batch: the batch they belong to.
 
     Returns:
@@ -102,7 +82,7 @@ def loss_per_sample(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     targets = batch.targets.to(logits.device)
     chosen = targets != IGNORE
-    losses, _ = _token_losses(logits, targets[chosen])
+    losses, _, _ = _token_losses(logits, targets[chosen])
     row, column = chosen.nonzero(as_tuple=True)
     if batch.cu_seq_lens is not None:
         ends = batch.cu_seq_lens[1:].to(logits.device, torch.int64)
@@ -114,34 +94,39 @@ def loss_per_sample(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        losses, lse = _token_losses(logits, targets)
-        ctx.save_for_backward(logits, targets, lse)
+        losses, highest, log_sum = _token_losses(logits, targets)
+        ctx.save_for_backward(logits, targets, highest, log_sum)
         ctx.may_overwrite = not logits.is_leaf
         return losses.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        logits, targets, lse = ctx.saved_tensors
+        logits, targets, highest, log_sum = ctx.saved_tensors
         gradient = logits if ctx.may_overwrite else torch.empty_like(logits)
         weight = upstream * (targets != IGNORE)
         for part in _chunks(logits):
-            z = logits[part].to(lse.dtype, copy=True)
-            z.sub_(lse[part, None]).exp_()
+            z = logits[part].to(log_sum.dtype, copy=True)
+            z.sub_(highest[part, None]).sub_(log_sum[part, None]).exp_()
             one = z.new_full((1, 1), -1.0).expand(z.shape[0], 1)
             z.scatter_add_(1, targets[part, None].clamp(min=0), one)
             gradient[part] = z.mul_(weight[part, None])
         return gradient, None
 
 
-def _token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and log-sum-exp of every token, [N] each, in fp32 (or fp64)."""
+def _token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, highest logit m, and log sum exp(z - m) of every token, [N] each, in fp32 (or fp64)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    lse = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
+    losses, highest, log_sum = torch.empty(3, len(logits), dtype=dtype, device=logits.device)
+    index = targets.clamp(min=0)[:, None]
     for part in _chunks(logits):
-        lse[part] = logits[part].to(dtype).logsumexp(1)
-    picked = logits.gather(1, targets.clamp(min=0)[:, None]).squeeze(1).to(dtype)
-    return (lse - picked).masked_fill(targets == IGNORE, 0.0), lse
+        z = logits[part].to(dtype, copy=True)
+        highest[part] = z.amax(1)
+        z.sub_(highest[part, None])
+        losses[part] = z.gather(1, index[part]).squeeze(1).neg_()
+        log_sum[part] = z.exp_().sum(1).log_()
+    losses.add_(log_sum).masked_fill_(targets == IGNORE, 0.0)
+    return losses, highest, log_sum
 
 
 def _chunks(logits: Tensor) -> list[slice]:

@@ -1,0 +1,203 @@
+"""The summed cross entropy: against torch in fp64, in low precision, per sample, and its memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from decal.data.batch import IGNORE, Batch
+from decal.data.pack import flat_batch, padded_batch
+from decal.data.sample import Sample
+from decal.errors import DataError
+from decal.objectives import OBJECTIVES, sft
+
+N, H, V = 7, 5, 13
+
+
+@pytest.fixture(params=[1, 3 * V, 2**20], ids=["token by token", "3 tokens", "one chunk"])
+def _chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sft.CHUNK_ELEMENTS, "cpu", request.param)
+
+
+def operands(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [N, H] that require grad, a head [H, V] and targets [N]."""
+    hidden = torch.randn(N, H, dtype=torch.float64).to(dtype).requires_grad_()
+    head = (4 * torch.randn(H, V, dtype=torch.float64)).to(dtype)
+    return hidden, head, torch.tensor([0, 12, 3, 3, 7, 1, 11])
+
+
+def reference(
+    hidden: Tensor, head: Tensor, targets: Tensor, factor: float
+) -> tuple[Tensor, Tensor]:
+    """torch's sum and the gradient of the hidden states, both in fp64."""
+    exact = hidden.detach().double().requires_grad_()
+    total = cross_entropy(exact @ head.double(), targets, reduction="sum", ignore_index=IGNORE)
+    (total * factor).backward()
+    assert exact.grad is not None
+    return total.detach(), exact.grad
+
+
+@pytest.mark.usefixtures("_chunk")
+def test_equals_cross_entropy_in_float64() -> None:
+    """Value and gradient at 1e-9, upstream factor not one. Mutations: leave out the upstream
+    factor; skip the last chunk; do not subtract one at the target; average instead of sum."""
+    hidden, head, targets = operands(torch.float64)
+    expected, gradient = reference(hidden, head, targets, 0.3)
+    total = sft.loss(hidden @ head, targets)
+    (total * 0.3).backward()
+    torch.testing.assert_close(total.detach(), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(hidden.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("_chunk")
+def test_ignored_targets_count_nothing() -> None:
+    """Mutation: leave the weight of ignored rows at one (their gradient is softmax minus row 0)."""
+    hidden, head, targets = operands(torch.float64)
+    targets[2] = targets[6] = IGNORE
+    expected, gradient = reference(hidden, head, targets, 1.0)
+    total = sft.loss(hidden @ head, targets)
+    total.backward()
+    torch.testing.assert_close(total.detach(), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(hidden.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+def half_step(dtype: torch.dtype) -> float:
+    """Half the smallest step of numbers near zero (subnormals)."""
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision(dtype: torch.dtype) -> None:
+    """The logits are rounded, nothing after them: summed in fp32, so the loss is exact to 1e-5 for
+    the rounded logits, and their gradient to one rounding in their dtype plus fp32's epsilon (1 - p
+    at the target cancels). Mutations: log-softmax in the logits' dtype; sum in it; round twice."""
+    logits = (6 * torch.randn(N, V)).to(dtype).requires_grad_()
+    targets = torch.tensor([0, 12, 3, 3, 7, 1, 11])
+    exact = logits.detach().double().requires_grad_()
+    expected = cross_entropy(exact, targets, reduction="sum")
+    (expected * 0.3).backward()
+    total = sft.loss(logits, targets)
+    (total * 0.3).backward()
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert logits.grad is not None
+    assert logits.grad.dtype == dtype
+    half_epsilon = torch.finfo(dtype).eps / 2
+    assert exact.grad is not None
+    tolerance = half_epsilon * 1.01, 0.3 * torch.finfo(torch.float32).eps + half_step(dtype)
+    torch.testing.assert_close(
+        logits.grad.double(), exact.grad, rtol=tolerance[0], atol=tolerance[1]
+    )
+
+
+def test_large_logits_keep_small_losses() -> None:
+    """Mutations: exponentiate before subtracting the maximum; keep only the log-sum-exp."""
+    logits = torch.tensor([[3e4, -3e4, 0.0], [0.0, 3e4, 3e4]]).requires_grad_()
+    total = sft.loss(logits, torch.tensor([0, 2]))
+    total.backward()
+    assert total.item() == pytest.approx(np.log(2.0), rel=1e-5)
+    assert logits.grad is not None
+    expected = torch.tensor([[0.0, 0, 0], [0, 0.5, -0.5]])
+    torch.testing.assert_close(logits.grad, expected, rtol=0, atol=1e-6)
+
+
+def test_leaf_logits_are_left_alone() -> None:
+    """Mutation: overwrite always."""
+    logits = torch.randn(N, V, requires_grad=True)
+    before = logits.detach().clone()
+    sft.loss(logits, torch.zeros(N, dtype=torch.int64)).backward()
+    assert torch.equal(logits.detach(), before)
+
+
+def test_gradient_is_written_over_the_logits() -> None:
+    """No second [N, V] tensor. Mutation: allocate the gradient."""
+    hidden, head, targets = operands(torch.float32)
+    logits = hidden @ head
+    seen: list[int] = []
+    logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    sft.loss(logits, targets).backward()
+    assert seen == [logits.data_ptr()]
+
+
+def test_another_user_of_the_logits_gets_an_error_not_a_wrong_gradient() -> None:
+    """`tanh` keeps its output for its backward. Mutation: write through `.data`."""
+    hidden, head, targets = operands(torch.float32)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        sft.loss(torch.tanh(hidden @ head), targets).backward()
+
+
+def test_no_copy_of_all_logits_lives_in_fp32() -> None:
+    """With bf16 logits of three chunks, no fp32 tensor made in forward or backward is larger than a
+    chunk. Mutation: `logits.float()` before the loop."""
+    sizes: list[int] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dtype == torch.float32:
+                sizes.append(out.untyped_storage().nbytes() // 4)
+            return out
+
+    rows, words = 48, 2**17
+    hidden = torch.randn(rows, 1, dtype=torch.bfloat16, requires_grad=True)
+    logits = hidden * torch.randn(words, dtype=torch.bfloat16)
+    with Watch():
+        sft.loss(logits, torch.arange(rows)).backward()
+    assert sizes
+    assert max(sizes) <= sft.CHUNK_ELEMENTS["cpu"] < rows * words
+
+
+def samples() -> list[Sample]:
+    masks = ([0, 0, 1, 1], [0, 1], [0, 1, 0, 0, 1, 1])
+    return [
+        Sample(
+            row=10 + i,
+            input_ids=np.arange(len(mask), dtype=np.int32) + i,
+            trained=np.array(mask, dtype=np.bool_),
+        )
+        for i, mask in enumerate(masks)
+    ]
+
+
+def test_trained_positions() -> None:
+    """Mutations: give the trained tokens' own positions; per-row columns for padded batches."""
+    assert sft.trained_positions(flat_batch(samples())).tolist() == [1, 2, 4, 6, 9, 10]
+    assert sft.trained_positions(padded_batch(samples())).tolist() == [1, 2, 6, 12, 15, 16]
+
+
+def per_sample(batch: Batch, logits: Tensor) -> tuple[Sequence[float], Sequence[int]]:
+    sums, counts = sft.loss_per_sample(logits, batch)
+    return sums.tolist(), counts.tolist()
+
+
+@pytest.mark.parametrize("build", [flat_batch, padded_batch])
+def test_loss_per_sample(build: type) -> None:
+    """Mutations: attribute a sample's last token to the next; divide by the counts."""
+    batch = build(samples())
+    logits = torch.randn(6, V, dtype=torch.float64, requires_grad=True)
+    targets = batch.targets.flatten()[sft.trained_positions(batch)]
+    each = cross_entropy(logits, targets, reduction="none").tolist()
+    sums, counts = per_sample(batch, logits)
+    assert counts == [2, 1, 3]
+    expected = [sum(each[:2]), each[2], sum(each[3:])]
+    assert sums == pytest.approx(expected, rel=1e-9)
+    assert sum(sums) == pytest.approx(sft.loss(logits, targets).item(), rel=1e-9)
+
+
+def test_nothing_trained_is_an_error() -> None:
+    """Mutation: return zero."""
+    row = Sample(row=3, input_ids=np.arange(4, dtype=np.int32), trained=np.zeros(4, dtype=np.bool_))
+    with pytest.raises(DataError, match="no token is trained in a batch of rows 3"):
+        sft.trained_positions(flat_batch([row]))
+    with pytest.raises(DataError, match="no token is trained"):
+        sft.loss(torch.empty(0, V), torch.empty(0, dtype=torch.int64))
+
+
+def test_registry() -> None:
+    assert set(OBJECTIVES) == {"sft"}
+    assert OBJECTIVES["sft"] is sft
