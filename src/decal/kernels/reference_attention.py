@@ -16,6 +16,8 @@ window that no sequence of the group exceeds is no window.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -58,32 +60,41 @@ def attention_flat(
             f"cu_seq_lens runs from {edges[0]} to {edges[-1]}, q has {q.shape[0]} rows"
         )
     starts: dict[int, list[int]] = {}
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         if stop > start:
             starts.setdefault(stop - start, []).append(start)
-
-    def attend(length: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Rows of equal sequences, stacked: [n * length, heads, D] -> [n * length, Hq, Dv]."""
-        stacked = [x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v)]
-        seen = window if window is not None and window < length else None
-        if seen is None and softcap is None and sinks is None:
-            out = scaled_dot_product_attention(
-                *stacked, is_causal=True, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
-            )
-        else:
-            step = max(1, _SCORES // (q.shape[1] * length * length))
-            parts = zip(*(x.split(step) for x in stacked), strict=True)
-            out = torch.cat([_written_out(*x, scale, seen, softcap, sinks) for x in parts])
-        return out.transpose(1, 2).flatten(0, 1)
-
     if len(starts) == 1:
-        return attend(next(iter(starts)), q, k, v)
+        return _stacked(next(iter(starts)), q, k, v, scale, window, softcap, sinks)
     rows, outs = [], []
     for length, begins in starts.items():
-        at = torch.tensor(begins)[:, None] + torch.arange(length)
-        rows.append(at.view(-1).to(q.device))
-        outs.append(attend(length, *(x.index_select(0, rows[-1]) for x in (q, k, v))))
+        at = (torch.tensor(begins)[:, None] + torch.arange(length)).view(-1).to(q.device)
+        a, b, c = (x.index_select(0, at) for x in (q, k, v))
+        rows.append(at)
+        outs.append(_stacked(length, a, b, c, scale, window, softcap, sinks))
     return torch.cat(outs).index_select(0, torch.argsort(torch.cat(rows)))
+
+
+def _stacked(
+    length: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """As `attention_flat` where all sequences have the same length."""
+    grouped = k.shape[1] != q.shape[1]
+    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+    seen = window if window is not None and window < length else None
+    if seen is None and softcap is None and sinks is None:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    else:
+        step = max(1, _SCORES // (q.shape[1] * length * length))
+        parts = zip(q.split(step), k.split(step), v.split(step), strict=True)
+        out = torch.cat([_written_out(a, b, c, scale, seen, softcap, sinks) for a, b, c in parts])
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _written_out(

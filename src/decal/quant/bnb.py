@@ -99,27 +99,16 @@ def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> Packed:
     maps = {"quant_map": fmt.code(codes.device)}
     names = ["absmax"]
     if double:
-        if state["nested_blocksize"] != NESTED_BLOCK_SIZE:
-            raise QuantError(
-                f"`{prefix}` has {state['nested_blocksize']} scales to a nested block, decal reads "
-                f"{NESTED_BLOCK_SIZE}"
-            )
+        _check_nested(prefix, state)
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device)
         parts["nested_offset"] = offset
         maps["nested_quant_map"] = nested_map(codes.device)
         names.append("nested_absmax")
-    missing = [key for key in [*names, *maps] if key not in own]
-    if missing:
-        raise QuantError(f"`{prefix}` lacks {len(missing)} tensors: {', '.join(missing)}")
+    _check_maps(prefix, own, names, maps)
     parts |= {key: own[key] for key in names}
-    _check_maps(prefix, own, maps)
     rows, columns = state["shape"]
-    packed = Packed(
-        recipe=recipe,
-        shape=(int(rows), int(columns)),
-        dtype=getattr(torch, state["dtype"]),
-        parts=parts,
-    )
+    dtype = getattr(torch, state["dtype"])
+    packed = Packed(recipe=recipe, shape=(int(rows), int(columns)), dtype=dtype, parts=parts)
     _check_parts(prefix, packed, fmt)
     return packed
 
@@ -136,11 +125,25 @@ def _state(prefix: str, tensor: Tensor) -> dict[str, Any]:
         raise QuantError(f"`{prefix}.{_STATE}…` is not readable JSON: {error}") from error
     if not sound:
         raise QuantError(f"`{prefix}.{_STATE}…` does not describe a linear weight: {state}")
-    result: dict[str, Any] = {"nested_blocksize": None, "nested_offset": 0.0, **state}
+    result: dict[str, Any] = state
     return result
 
 
-def _check_maps(prefix: str, own: Mapping[str, Tensor], maps: Mapping[str, Tensor]) -> None:
+def _check_nested(prefix: str, state: Mapping[str, Any]) -> None:
+    given = state.get("nested_blocksize"), state.get("nested_dtype")
+    if given != (NESTED_BLOCK_SIZE, "float32") or "nested_offset" not in state:
+        raise QuantError(
+            f"`{prefix}` has nested scales of block size and dtype {given[0]} {given[1]}, decal "
+            f"reads {NESTED_BLOCK_SIZE} float32"
+        )
+
+
+def _check_maps(
+    prefix: str, own: Mapping[str, Tensor], names: list[str], maps: Mapping[str, Tensor]
+) -> None:
+    missing = [key for key in [*names, *maps] if key not in own]
+    if missing:
+        raise QuantError(f"`{prefix}` lacks {len(missing)} tensors: {', '.join(missing)}")
     for key, expected in maps.items():
         given = own[key].to(torch.float32).view(-1)
         if given.shape != expected.shape or (given - expected).abs().max() > _MAP_TOLERANCE:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,10 @@ from decal.errors import QuantError
 from decal.quant.base import Packed
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, row-major; a view, not a copy, where it lies contiguous on the CPU."""
+def _bytes(tensor: Tensor) -> Any:
+    """The tensor's bytes, row-major, as an array; copied only where they are not laid out so."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy()
 
 
 def digest(name: str, packed: Packed) -> str:
