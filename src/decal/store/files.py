@@ -39,12 +39,14 @@ __all__ = [
     "scratch_folder",
     "size_text",
     "storage_error",
+    "sweep",
     "write_bytes",
     "write_json",
     "write_text",
     "writing",
 ]
 
+_HIDDEN = re.compile(r"\.(?P<name>.+)\.decal-[0-9a-f]{8}(?P<old>-old)?")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS}
 _NOT_A_FOLDER = {errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.EEXIST, errno.ELOOP}
@@ -240,7 +242,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(target)
+        sweep(target.parent, target.name)
         temporary, handle = _hidden_sibling(target)
     try:
         yield temporary
@@ -269,25 +271,28 @@ def _hidden_sibling(target: Path) -> tuple[Path, int]:
             os.close(handle)
 
 
-def _sweep(target: Path) -> None:
-    """Removes what dead writers of `target` left, and puts back what a replacement had moved."""
-    for folder in target.parent.glob(f".{_glob_literal(target.name)}.decal-*"):
-        if os.name != "posix":
+def sweep(parent: Path, name: str | None = None) -> None:
+    """Removes what dead writers of `parent/name`, or of anything in `parent`, left behind.
+
+    A folder that a replacement had moved aside and not yet replaced is put back.
+    """
+    if os.name != "posix":
+        return
+    for folder in list(parent.iterdir()):
+        found = _HIDDEN.fullmatch(folder.name)
+        if not found or name not in (None, found["name"]):
             continue
         handle = os.open(folder, os.O_RDONLY)
         try:
             if not file_lock(handle):
                 continue
-            if folder.name.endswith("-old") and not target.exists():
+            target = parent / found["name"]
+            if found["old"] and not target.exists():
                 os.rename(folder, target)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(handle)
-
-
-def _glob_literal(name: str) -> str:
-    return re.sub(r"([*?\[])", r"[\1]", name)
 
 
 def _sync_tree(folder: Path) -> None:

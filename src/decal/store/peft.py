@@ -282,14 +282,15 @@ def _unnamed(pairs: Mapping[str, object], config: LoraConfig) -> list[str]:
 def _refuse(folder: Path, settings: list[str], tensors: list[str]) -> None:
     if not settings and not tensors:
         return
-    parts = [_count(settings, "setting"), _count(tensors, "tensor")]
+    counts = [_count(settings, "setting"), _count(tensors, "tensor")]
+    verb = "does" if len(settings) + len(tensors) == 1 else "do"
     details = []
     for problems in (settings, tensors):
         shown = problems if problems is settings else problems[:1]
         more = len(problems) - len(shown)
         details += [*shown[:-1], f"{shown[-1]}  (and {more} more)"] if more else shown
     raise AdapterError(
-        f"adapter `{folder}` is not plain LoRA: {' and '.join(p for p in parts if p)} do not fit",
+        f"adapter `{folder}` is not plain LoRA: {' and '.join(filter(None, counts))} {verb} not fit",
         details=details,
         hint="merge it with peft (merge_and_unload) and use the merged model as the base"
         if settings

@@ -36,6 +36,7 @@ from decal.store.files import (
     check_free,
     file_lock,
     read_json,
+    sweep,
     write_json,
     write_text,
     writing,
@@ -257,6 +258,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def _rotate(self, newest: int, best: int | None) -> None:
+        sweep(self._checkpoints)
         steps = self.steps()
         kept = {best, *[step for step in steps if step <= newest][-_KEPT:]}
         for step in steps:

@@ -180,7 +180,7 @@ def _claim(key: str, value: Any) -> tuple[TensorSpec, int, int]:
         dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
     except (KeyError, TypeError, ValueError) as problem:
         raise _HeaderError(f"tensor `{key}` lacks dtype, shape or offsets") from problem
-    if dtype not in _BITS:
+    if not isinstance(dtype, str) or dtype not in _BITS:
         raise _HeaderError(f"tensor `{key}` has the unknown dtype {dtype!r}")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
