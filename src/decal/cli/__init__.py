@@ -5,8 +5,8 @@
     0  done            1  rightly asked work failed, or the answer is no
     2  asked wrongly   130  Ctrl-C
 
-Commands import their verb when they run: `decal --help` imports neither torch nor pydantic nor
-rich, so it is there at once.
+Commands import their verb when they run: `--help` imports neither torch nor rich nor a layer of
+decal, so it is there at once. (typer itself takes pydantic to describe a command's options.)
 """
 
 from __future__ import annotations

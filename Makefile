@@ -1,0 +1,69 @@
+# make help shows what there is.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# pytest and mypy need what the package needs, so `dev` contains the rest.
+TESTS ?= tests
+SOURCES := src tests $(wildcard bench examples)
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart install test check format soak constraints clean
+
+help:  ## show this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+quickstart: $(STAMPS)/run  ## install and see it work, without downloads of models
+	$(BIN)/decal quickstart
+
+install: $(STAMPS)/dev  ## everything for working on decal, into .venv
+
+test: $(STAMPS)/dev  ## all tests that need neither a GPU nor a network
+	$(BIN)/python -m pytest -m 'not gpu and not slow' $(TESTS)
+
+check: $(STAMPS)/dev  ## format, lint, types, architecture, docs
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py tests/test_public_api.py tests/test_docs.py
+
+format: $(STAMPS)/dev  ## rewrite the sources in the project's format
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+soak: $(STAMPS)/dev  ## the slow tests too
+	$(BIN)/python -m pytest -m 'not gpu' tests
+
+constraints: $(STAMPS)/dev  ## pin what .venv holds now in constraints.txt
+	{ echo '# The versions that decal is developed and tested with: pip install -c constraints.txt .'; \
+	  echo '# Written by `make constraints`.'; \
+	  $(PIP) freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' \
+	  | sed 's/+[a-z0-9.]*$$//' | grep -viE '^(nvidia|triton|cuda)'; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean:  ## remove .venv, caches and what quickstart left
+	rm -rf $(VENV) build dist quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installed once: a stamp is older than constraints.txt or pyproject.toml only when they changed.
+$(STAMPS)/venv:
+	@test -n '$(PYTHON)' || { \
+	  echo 'error: decal needs Python 3.11 or newer, and none was found' >&2; \
+	  echo 'hint: make PYTHON=/path/to/python3.11 $(or $(MAKECMDGOALS),quickstart)' >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: decal needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -V 2>&1)" >&2; \
+	  echo 'hint: make PYTHON=/path/to/python3.11 $(or $(MAKECMDGOALS),quickstart)' >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/run: $(STAMPS)/venv constraints.txt pyproject.toml
+	$(PIP) install --quiet -c constraints.txt -e .
+	touch $@
+
+$(STAMPS)/dev: $(STAMPS)/venv constraints.txt pyproject.toml
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	touch $(STAMPS)/run $@

@@ -1,0 +1,211 @@
+"""Each command hands its verb what was asked, and prints what it gives back."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from decal.cli import main
+from decal.config import RunConfig
+from decal.runfile import load_run
+
+
+class Summary:
+    """Stands for the result of a verb."""
+
+    def summary(self) -> dict[str, Any]:
+        return {"run": "runs/x", "steps": 1200}
+
+
+class Recorder:
+    """Stands for a verb: keeps what it was called with."""
+
+    def __init__(self, result: Any):
+        self.result = result
+        self.args: tuple[Any, ...] = ()
+        self.kwargs: dict[str, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.args, self.kwargs = args, kwargs
+        return self.result
+
+
+@pytest.fixture
+def verb(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Replaces decal.verbs.NAME.NAME by a recorder that returns `result`."""
+
+    def replace(name: str, result: Any) -> Recorder:
+        recorder = Recorder(result)
+        module = importlib.import_module(f"decal.verbs.{name}")
+        assert callable(getattr(module, name))
+        monkeypatch.setattr(module, name, recorder)
+        return recorder
+
+    return replace
+
+
+@pytest.fixture
+def run_yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("base: b\ndata: d.jsonl\noutput: o\n", encoding="utf-8")
+    return path
+
+
+def test_train(verb: Any, run_yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when a flag is dropped or two are swapped."""
+    called = verb("train", Summary())
+    args = ["train", str(run_yaml), "--set", "train.lr=1e-4", "--set", "adapter.r=6", "--resume"]
+    assert main(args) == 0
+    (config,) = called.args
+    assert isinstance(config, RunConfig)
+    assert (config.train.lr, config.adapter.r) == (1e-4, 6)
+    flags = {k: v for k, v in called.kwargs.items() if k in ("resume", "force", "dry_run")}
+    assert flags == {"resume": True, "force": False, "dry_run": False}
+    assert callable(called.kwargs["observe"])
+    assert callable(called.kwargs["say"])
+    assert capsys.readouterr().out == "run    runs/x\nsteps  1,200\n"
+
+
+def test_a_dry_run_prints_no_result(
+    verb: Any, run_yaml: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails when the missing result of a dry run is taken for one."""
+    called = verb("train", None)
+    assert main(["train", str(run_yaml), "--dry-run", "--force"]) == 0
+    assert (called.kwargs["dry_run"], called.kwargs["force"]) == (True, True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("paths", "base"), [(["b", "a"], "b"), (["a"], None)])
+def test_merge(verb: Any, paths: list[str], base: str | None) -> None:
+    """Fails when base and adapter are swapped, or an option is dropped."""
+    called = verb("merge", Summary())
+    assert main(["merge", *paths, "-o", "m", "--dtype", "fp32", "--onto", "original"]) == 0
+    assert called.args == (base, "a", Path("m"))
+    assert called.kwargs.pop("observe")
+    assert called.kwargs == {"dtype": "fp32", "onto": "original", "force": False}
+
+
+def test_inspect(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when --json is not JSON, or the plain form loses a value."""
+    called = verb("inspect", {"kind": "adapter", "r": 6, "modules": {"q_proj": 2}, "tied": False})
+    assert main(["inspect", "x", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["modules"] == {"q_proj": 2}
+    assert main(["inspect", "x"]) == 0
+    assert called.args == ("x",)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == ["kind     adapter", "r        6", "modules", "  q_proj  2", "tied     no"]
+
+
+def test_generate(
+    verb: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails when the text is not streamed, or a sampling option is dropped."""
+    called = verb("generate", "ignored, it was streamed")
+    args = ["generate", "m", "hi", "--adapter", "a", "--temperature", "0.7", "--seed", "3"]
+    assert main([*args, "--plain", "--max-new-tokens", "9"]) == 0
+    stream = called.kwargs.pop("stream")
+    assert called.args == ("m", "hi")
+    assert called.kwargs == {
+        "adapter": "a",
+        "chat": False,
+        "max_new_tokens": 9,
+        "temperature": 0.7,
+        "seed": 3,
+    }
+    assert capsys.readouterr().out == "\n"
+    stream("to")
+    stream("ken")
+    assert capsys.readouterr().out == "token"
+
+
+def test_generate_reads_a_prompt_from_stdin(verb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when `-` is taken for the prompt itself."""
+    called = verb("generate", "")
+    monkeypatch.setattr("sys.stdin.read", lambda: "long prompt", raising=False)
+    assert main(["generate", "m", "-"]) == 0
+    assert called.args == ("m", "long prompt")
+
+
+COMPARED = {
+    "base": "b",
+    "prompts": ["hi"],
+    "results": {
+        "base": {"outputs": ["a\nb"], "loss": 2.5, "rows": 4},
+        "r8": {"outputs": ["c"], "loss": 1.25, "rows": 4},
+    },
+}
+
+
+def test_compare(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when names and paths are mixed up, or an answer is shown under the wrong name."""
+    called = verb("compare", COMPARED)
+    args = ["compare", "r8=runs/a", "runs/b/adapter", "--prompt", "hi", "--data", "d.jsonl"]
+    assert main([*args, "--limit", "4"]) == 0
+    assert called.args == (None, {"r8": "runs/a", "b": "runs/b/adapter"})
+    assert called.kwargs == {
+        "prompts": ["hi"],
+        "data": "d.jsonl",
+        "limit": 4,
+        "max_new_tokens": 64,
+    }
+    assert capsys.readouterr().out.splitlines() == [
+        "prompt: hi",
+        "  base  a b",
+        "  r8    c",
+        "              loss          rows",
+        "base           2.5             4",
+        "r8            1.25             4",
+    ]
+    assert main([*args, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == COMPARED
+
+
+def test_quickstart(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when the folder is not handed on."""
+    called = verb("quickstart", {"accuracy_after": 0.875})
+    assert main(["quickstart", "q"]) == 0
+    assert called.args[0] == Path("q")
+    assert capsys.readouterr().out == "accuracy_after  0.875\n"
+
+
+def test_init_writes_what_train_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when an option is not written, or the file is not a valid run.yaml."""
+    path = tmp_path / "run.yaml"
+    args = ["init", str(path), "--base", "1e5", "--data", "it's.jsonl", "--set", "adapter.r=6"]
+    assert main(args) == 0
+    config = load_run(path)
+    assert (config.base.path, config.data.path, config.adapter.r) == ("1e5", "it's.jsonl", 6)
+    assert capsys.readouterr().err == f"wrote {path}; next: decal train {path}\n"
+
+
+def test_init_replaces_nothing_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when an existing file is overwritten without --force, or not with it."""
+    path = tmp_path / "run.yaml"
+    path.write_text("mine", encoding="utf-8")
+    assert main(["init", str(path)]) == 2
+    assert path.read_text(encoding="utf-8") == "mine"
+    assert capsys.readouterr().err == f"error: `{path}` exists\nhint: --force replaces it\n"
+    assert main(["init", str(path), "--force"]) == 0
+    assert load_run(path).output == "runs/first"
+
+
+def test_init_refuses_wrong_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when a file is written that train would refuse."""
+    path = tmp_path / "run.yaml"
+    assert main(["init", str(path), "--set", "adapter.rank=6"]) == 2
+    assert not path.exists()
+    assert "adapter.rank: unknown key, did you mean `r`?" in capsys.readouterr().err
+
+
+def test_init_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when `-` becomes a file, or a log line lands in the data."""
+    assert main(["init", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("# A run of decal")
+    assert err == ""
+    assert not Path("-").exists()
