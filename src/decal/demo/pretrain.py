@@ -3,16 +3,18 @@
 A plain loop over documents that are generated as training goes; none is seen twice. It knows the
 model class and the documents' shape, and does not know the routing task.
 
-    weights   fp32 masters updated by AdamW; a bf16 copy runs forward and backward (matrix products
+    weights   fp32 masters updated by Muon; a bf16 copy runs forward and backward (matrix products
               in bf16 are about four times as fast as in fp32 on CPUs with AVX-512 bf16)
     batches   about `BATCH_TOKENS` tokens, documents of similar length padded on the right; with
               causal attention the padding needs no mask, and no document sees another one
     threads   a step is the mean over `WORKERS` batches, each computed by one thread of its own;
               these meet once a step, where threads inside each operation meet hundreds of times,
               which on a busy machine is four times as slow
-    loss      every token counts, an assistant's tokens ten times as much as the rest: what is to be
+    loss      counts an assistant's tokens, and a tenth of the rest, drawn at random: what is to be
               learned is the answers, while a ticket's own words are random draws
-    schedule  a fixed number of steps, linear warm-up, then a cosine to a tenth of the rate
+    attention eager: at these lengths its bf16 backward takes half of the time of torch's fused one
+    schedule  a fixed number of steps, linear warm-up, then a cosine to a tenth of the rate; tickets
+              with a second mention come in slowly, over the first `EASY_POOLS` pools
 
 Packing documents into full windows was rejected: it saves the padding (about 5 %), but the model
 then hardly sees a document at position 0, which is where every ticket of the task starts.
@@ -29,7 +31,7 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,9 @@ from decal.demo.vocabulary import END_OF_TEXT, START, VOCABULARY, render_turn, t
 BATCH_TOKENS = 2048
 WORKERS = 2
 POOL = 1024
-PEAK_RATE = 2e-3
-USER_WEIGHT = 0.1
+EASY_POOLS = 12
+MUON_RATE, ADAM_RATE = 5e-3, 3e-3
+USER_SHARE = 0.1
 
 
 def render(document: Document) -> str:
@@ -76,6 +79,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
         head_dim=64,
         max_position_embeddings=512,
         tie_word_embeddings=True,
+        attn_implementation="eager",
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -85,10 +89,15 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` [documents, length] int64; `weights`, same shape: each token's weight as a target."""
+    """`ids` [documents, length] int64; bool masks of the same shape.
+
+    `answers`: what an assistant wrote. `targets`: the tokens that the loss counts, all answers and
+    a random sample of the rest.
+    """
 
     ids: torch.Tensor
-    weights: torch.Tensor
+    answers: torch.Tensor
+    targets: torch.Tensor
 
 
 def answer_flags(ids: list[int], header: list[int], end: int) -> list[bool]:
@@ -103,25 +112,30 @@ def answer_flags(ids: list[int], header: list[int], end: int) -> list[bool]:
     return flags
 
 
-def to_batch(documents: list[list[int]], tokenizer: PreTrainedTokenizerFast) -> Batch:
-    """Pad documents on the right."""
+def to_batch(
+    documents: list[list[int]], tokenizer: PreTrainedTokenizerFast, rng: random.Random
+) -> Batch:
+    """Pad documents on the right and choose the tokens that count."""
     header = tokenizer.encode(f"{START}assistant\n", add_special_tokens=False)
     end = int(tokenizer.eos_token_id)
-    length = max(map(len, documents))
-    ids = torch.full((len(documents), length), tokenizer.pad_token_id)
-    weights = torch.zeros(len(documents), length)
+    shape = len(documents), max(map(len, documents))
+    ids = torch.full(shape, tokenizer.pad_token_id)
+    answers, targets = torch.zeros(2, *shape, dtype=torch.bool)
     for row, tokens in enumerate(documents):
+        flags = answer_flags(tokens, header, end)
         ids[row, : len(tokens)] = torch.tensor(tokens)
-        flags = torch.tensor(answer_flags(tokens, header, end))
-        weights[row, : len(tokens)] = torch.where(flags, 1.0, USER_WEIGHT)
-    return Batch(ids, weights)
+        answers[row, : len(tokens)] = torch.tensor(flags)
+        chosen = [flag or rng.random() < USER_SHARE for flag in flags]
+        targets[row, : len(tokens)] = torch.tensor(chosen)
+    return Batch(ids, answers, targets)
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
     """Endless batches: pools of documents, sorted by length, cut by tokens, in random order."""
     rng = random.Random(f"documents {seed}")
-    while True:
-        pool = [document for _ in range(POOL) for document in draw_documents(rng)]
+    for number in count():
+        hard = min(1.0, number / EASY_POOLS)
+        pool = [doc for _ in range(POOL) for doc in draw_documents(rng, "train", hard)]
         encoded = tokenizer.backend_tokenizer.encode_batch([render(document) for document in pool])
         ready: list[list[list[int]]] = [[]]
         for tokens in sorted((encoding.ids for encoding in encoded), key=len):
@@ -130,81 +144,87 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
             ready[-1].append(tokens)
         rng.shuffle(ready)
         for documents in ready:
-            yield to_batch(documents, tokenizer)
+            yield to_batch(documents, tokenizer, rng)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One batch's share of a step: gradients of the weighted loss sum, and what to divide by."""
+    """One batch's share of a step: gradients of the summed loss, and the sums behind them."""
 
     gradients: tuple[torch.Tensor, ...]
-    loss_sum: float
-    weight_sum: float
-    answer_sum: float
+    count: int
+    answer_loss: float
     answers: int
 
 
 def batch_part(model: LlamaForCausalLM, batch: Batch) -> Part:
-    """Forward and backward of one batch, in the calling thread; the model is not changed."""
+    """Forward and backward of one batch, in the calling thread; the model is not changed.
+
+    Logits are only computed where a token counts: they would be a third of the work.
+    """
     torch.set_num_threads(1)
-    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1].float()
-    losses = functional.cross_entropy(
-        logits.reshape(-1, logits.shape[-1]), batch.ids[:, 1:].reshape(-1), reduction="none"
-    )
-    weights = batch.weights[:, 1:].reshape(-1)
-    total = (losses * weights).sum()
-    gradients = torch.autograd.grad(total, list(model.parameters()))
-    answer_losses = losses.detach()[weights == 1.0]
-    return Part(
-        gradients,
-        float(total.detach()),
-        float(weights.sum()),
-        float(answer_losses.sum()),
-        answer_losses.numel(),
-    )
+    hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state[:, :-1]
+    chosen = batch.targets[:, 1:]
+    logits = model.lm_head(hidden[chosen]).float()
+    losses = functional.cross_entropy(logits, batch.ids[:, 1:][chosen], reduction="none")
+    gradients = torch.autograd.grad(losses.sum(), list(model.parameters()))
+    answer_losses = losses.detach()[batch.answers[:, 1:][chosen]]
+    return Part(gradients, len(losses), float(answer_losses.sum()), len(answer_losses))
 
 
 def rate_at(step: int, steps: int) -> float:
-    """Learning rate: warm-up over 2 % of the steps, then a cosine to a tenth of the peak."""
+    """Share of the peak rate: warm-up over 2 % of the steps, then a cosine to a tenth."""
     warmup = max(1, steps // 50)
     if step < warmup:
-        return PEAK_RATE * (step + 1) / warmup
+        return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    return PEAK_RATE * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 class Masters:
-    """fp32 master weights with AdamW, and the bf16 model that they are copied into."""
+    """fp32 master weights with their optimizers, and the bf16 model that they are copied into.
+
+    Muon for the matrices of the layers, AdamW for the embedding and the norms.
+    """
 
     def __init__(self, model: LlamaForCausalLM) -> None:
-        self.weights = [p.detach().clone().requires_grad_() for p in model.parameters()]
         self.model = model.bfloat16()
-        matrices = [w for w in self.weights if w.ndim == 2]
-        vectors = [w for w in self.weights if w.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": 0.1},
-            {"params": vectors, "weight_decay": 0.0},
+        self.weights: list[torch.Tensor] = []
+        matrices, others = [], []
+        for name, parameter in model.named_parameters():
+            master = parameter.detach().float().requires_grad_()
+            self.weights.append(master)
+            (matrices if master.ndim == 2 and "embed" not in name else others).append(master)
+        muons = [
+            torch.optim.Muon(
+                matrices[part::WORKERS],
+                lr=MUON_RATE,
+                weight_decay=0.05,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            for part in range(WORKERS)
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.98), foreach=True)
+        adam = torch.optim.AdamW(others, lr=ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+        self.optimizers = (*((muon, MUON_RATE) for muon in muons), (adam, ADAM_RATE))
 
     @torch.no_grad()
-    def step(self, parts: list[Part], rate: float) -> None:
+    def step(self, parts: list[Part], rate: float, pool: ThreadPoolExecutor) -> None:
         """Apply the parts' mean gradient (clipped to norm 1) and refresh the model."""
-        scale = 1.0 / sum(part.weight_sum for part in parts)
+        scale = 1.0 / sum(part.count for part in parts)
         for master, *gradients in zip(
             self.weights, *(part.gradients for part in parts), strict=True
         ):
             master.grad = torch.stack([g.float() for g in gradients]).sum(0).mul_(scale)
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        for optimizer, peak in self.optimizers:
+            optimizer.param_groups[0]["lr"] = peak * rate
+        list(pool.map(lambda entry: entry[0].step(), self.optimizers))
         torch._foreach_copy_(list(self.model.parameters()), self.weights)
 
 
 @torch.no_grad()
 def skill_accuracy(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, count: int = 400
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, draws: int = 300
 ) -> dict[str, float]:
     """Share of right answers by skill on documents with fillings that training never used.
 
@@ -216,7 +236,7 @@ def skill_accuracy(
     end = int(tokenizer.eos_token_id)
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    documents = [d for _ in range(count) for d in draw_documents(rng, "test") if d.turns]
+    documents = [d for _ in range(draws) for d in draw_documents(rng, "test") if d.turns]
     for document in documents:
         ids = tokenizer.encode(render(document), add_special_tokens=False)
         best = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].argmax(-1).tolist()
@@ -238,6 +258,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def pretrain(out: Path, steps: int, seed: int, save_every: int) -> None:
     """Train for `steps` steps; write a log, checkpoints and the skills reached to `out`."""
     out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
     tokenizer = build_tokenizer(seed)
     model = build_model(tokenizer, seed)
     masters = Masters(model)
@@ -247,16 +268,15 @@ def pretrain(out: Path, steps: int, seed: int, save_every: int) -> None:
         for step in range(1, steps + 1):
             work = list(islice(stream, WORKERS))
             parts = list(pool.map(batch_part, [model] * WORKERS, work))
-            masters.step(parts, rate_at(step, steps))
-            tokens += sum(int((batch.weights > 0).sum()) for batch in work)
-            recent.append(sum(p.answer_sum for p in parts) / sum(p.answers for p in parts))
+            masters.step(parts, rate_at(step, steps), pool)
+            tokens += sum(int((batch.ids != tokenizer.pad_token_id).sum()) for batch in work)
+            recent.append(sum(p.answer_loss for p in parts) / sum(p.answers for p in parts))
             if step % 50 and step != steps:
                 continue
             record: dict[str, Any] = {
                 "step": step,
                 "answer_loss": round(sum(recent) / len(recent), 4),
             }
-            record["loss"] = sum(p.loss_sum for p in parts) / sum(p.weight_sum for p in parts)
             record |= {"tokens": tokens, "seconds": round(time.time() - started, 1)}
             if step % save_every == 0 or step == steps:
                 save(model, tokenizer, out / "latest")

@@ -296,13 +296,17 @@ def drill_document(rng: random.Random) -> Document:
     return Document(tuple(turns))
 
 
-def draw_documents(rng: random.Random, split: Split = "train") -> list[Document]:
-    """One random document, or two about the members of a pair of tickets with the same words."""
+def draw_documents(rng: random.Random, split: Split = "train", hard: float = 1.0) -> list[Document]:
+    """One random document, or two about the members of a pair of tickets with the same words.
+
+    `hard` in [0, 1] says how many tickets have a second mention; easy text has more sheets and drills.
+    """
+    share = 0.15 - 0.10 * hard
     kind = rng.random()
-    if kind < 0.05:
+    if kind < share:
         return [product_document(rng)]
-    if kind < 0.10:
+    if kind < 2 * share:
         return [drill_document(rng)]
-    if kind < 0.30:
+    if kind < 2 * share + 0.2 * hard:
         return [ticket_document(rng, ticket) for ticket in draw_pair(rng, split)]
-    return [ticket_document(rng, draw_ticket(rng, split, second_share=0.75))]
+    return [ticket_document(rng, draw_ticket(rng, split, second_share=0.75 * hard))]
