@@ -1,0 +1,323 @@
+"""Loading through transformers: models, tokenizers, skeletons, and the names in files.
+
+Every use of transformers' loading internals is here, in `quantizer.py` and in `attention.py`;
+nothing else imports them. Knows no adapters and no runs.
+
+transformers does the loading itself: renamed keys, fused experts, tied weights. What decal adds is
+that a load with missing, unexpected or mismatched tensors is an error instead of a report in the
+log, because a randomly initialized layer trains happily and is wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as hf_logging
+
+from decal.errors import BaseModelError, nearest
+from decal.model.quantizer import DecalQuantizationConfig, quantizable_modules
+from decal.quant.base import Recipe
+from decal.quant.identity import identity
+from decal.quant.linear import QuantLinear
+
+_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseInfo:
+    """Where a loaded base came from; kept on the model as `decal_base`."""
+
+    path: str
+    """Hub id or folder, as it was given."""
+    revision: str | None
+    dtype: torch.dtype
+    """What the base computes in; quantized weights were cast to it before they were packed."""
+    recipe: Recipe | None
+    """How the linear layers are stored; None for 16 or 32 bits."""
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is the first GPU if there is one, else the CPU; other names are torch's own."""
+    if device != "auto":
+        try:
+            return torch.device(device)
+        except RuntimeError:
+            raise BaseModelError(
+                f"`{device}` is not a device", hint="use auto, cpu, cuda or cuda:N"
+            ) from None
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(
+    path: str,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "auto",
+    recipe: Recipe | None = None,
+) -> PreTrainedModel:
+    """Loads a causal language model, quantized while it loads if `recipe` says so.
+
+    Returns:
+        The model in evaluation mode, its weights in `dtype` or packed, with `decal_base` set.
+
+    Raises:
+        BaseModelError: the path is no model, or tensors are missing, left over or misshapen.
+    """
+    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    quantization = None
+    if recipe is not None:
+        if getattr(config, "quantization_config", None) is not None:
+            raise BaseModelError(
+                f"`{path}` is quantized already ({_quant_method(config)})",
+                hint="load it with `quant: none`, or name the original 16-bit model",
+            )
+        quantization = DecalQuantizationConfig(
+            format=recipe.format, block_size=recipe.block_size, double=recipe.double
+        )
+    with _quiet():
+        try:
+            model, report = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                dtype=dtype,
+                device_map={"": pick_device(device)} if str(pick_device(device)) != "cpu" else None,
+                quantization_config=quantization,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise _load_error(path, error) from error
+    _refuse_incomplete(path, model, report)
+    model.decal_base = BaseInfo(path=path, revision=revision, dtype=dtype, recipe=recipe)
+    if recipe is not None:
+        _refuse_unquantized(path, model)
+    return model
+
+
+def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's config.json as transformers reads it; raises BaseModelError."""
+    _refuse_wrong_path(path)
+    try:
+        return AutoConfig.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise _load_error(path, error) from error
+
+
+def load_tokenizer(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; raises BaseModelError."""
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise BaseModelError(
+            f"base `{path}` has no tokenizer that can be loaded: {_first_line(error)}",
+            hint="a base needs tokenizer.json and tokenizer_config.json beside its weights",
+        ) from error
+
+
+def skeleton(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model on the meta device: names and shapes, no weights read or allocated."""
+    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    config.quantization_config = None
+    del config.quantization_config
+    with _quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model.eval()
+
+
+def name_map(model: PreTrainedModel, file_keys: list[str]) -> dict[str, str]:
+    """File key -> name of the weight in the module tree, by transformers' own renamings.
+
+    Files on the hub carry historic names (gpt2 without `transformer.`, gamma and beta in BERT).
+    Keys that the model does not know map to themselves and are not weights of the model.
+
+    Raises:
+        BaseModelError: tensors that transformers fuses or splits on loading (experts); merging
+            into such files is not supported.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    known = model.state_dict()
+    names: dict[str, str] = {}
+    fused: list[str] = []
+    for key in file_keys:
+        name, pattern = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, known
+        )
+        if name not in known and key in known:
+            name, pattern = key, None
+        if pattern is not None:
+            fused.append(key)
+        names[key] = name
+    if fused:
+        raise BaseModelError(
+            f"{len(fused)} of {len(file_keys)} tensors are fused or split when they are loaded",
+            details=[f"first: {fused[0]}"],
+            hint="mixture-of-experts files cannot be merged into yet",
+        )
+    return names
+
+
+def transposed_modules(model: nn.Module) -> set[str]:
+    """Names of the layers whose files hold [in, out] (GPT-2's Conv1D)."""
+    return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+
+
+def quantizer_identity(model: nn.Module) -> str | None:
+    """Hash of all packed weights of `model` with their names and recipe; None if there are none."""
+    packed = [(n, m.packed) for n, m in model.named_modules() if isinstance(m, QuantLinear)]
+    return identity(iter(packed)) if packed else None
+
+
+def _quant_method(config: Any) -> str:
+    quantization = config.quantization_config
+    if isinstance(quantization, dict):
+        return str(quantization.get("quant_method", "unknown"))
+    return str(getattr(quantization, "quant_method", "unknown"))
+
+
+class _quiet:
+    """Keeps transformers' progress bars and load reports off the terminal; errors still raise."""
+
+    def __enter__(self) -> None:
+        self._level = hf_logging.get_verbosity()
+        self._bar = hf_logging.is_progress_bar_enabled()
+        hf_logging.set_verbosity_error()
+        hf_logging.disable_progress_bar()
+
+    def __exit__(self, *_: object) -> None:
+        hf_logging.set_verbosity(self._level)
+        if self._bar:
+            hf_logging.enable_progress_bar()
+
+
+def _refuse_wrong_path(path: str) -> None:
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise BaseModelError(f"`{path}` is a file, not a model", hint="name the folder it lies in")
+    if folder.is_dir():
+        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+            raise BaseModelError(
+                f"`{path}` is an adapter, not a base model",
+                hint="name the base model here; `decal inspect` shows which one it was trained on",
+            )
+        if not (folder / "config.json").exists():
+            raise BaseModelError(
+                f"`{path}` has no config.json",
+                hint="a model folder holds config.json, the tokenizer and *.safetensors",
+            )
+        return
+    looks_like_path = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_like_path:
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = nearest(folder.name, siblings)
+        raise BaseModelError(
+            f"there is no model at `{path}`",
+            hint=f"did you mean `{folder.parent / near}`?" if near else "name a folder or a hub id",
+        )
+
+
+def _load_error(path: str, error: Exception) -> BaseModelError:
+    if isinstance(error, BaseModelError):
+        return error
+    text = str(error)
+    if Path(path).expanduser().is_dir():
+        if "does not recognize this architecture" in text or "model type" in text:
+            hint = "this transformers does not know the architecture; upgrade it"
+        elif "trust_remote_code" in text:
+            hint = "the model brings its own code: set base.trust_remote_code to true to run it"
+        else:
+            hint = "the folder may be incomplete; copy or download it again"
+        return BaseModelError(f"base `{path}` cannot be loaded: {_first_line(error)}", hint=hint)
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        hint = "the model is private or gated: log in with `hf auth login` and accept its terms"
+    elif "404" in text or "not a valid model identifier" in text:
+        hint = "check the id on the hub, or name a local folder"
+    else:
+        hint = "the hub cannot be reached and the model is not in the cache; name a local folder"
+    return BaseModelError(f"base `{path}` is neither a folder nor a model on the hub", hint=hint)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def _refuse_incomplete(path: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    problems = []
+    missing = sorted(report["missing_keys"])
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing, first `{missing[0]}`")
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        key, found, wanted = mismatched[0]
+        problems.append(
+            f"{len(mismatched)} tensors have the wrong shape, first `{key}`:"
+            f" {list(found)} in the file, {list(wanted)} in the model"
+        )
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected:
+        problems.append(f"{len(unexpected)} tensors are left over, first `{unexpected[0]}`")
+    if problems:
+        raise BaseModelError(
+            f"base `{path}` does not fill {type(model).__name__}",
+            details=problems,
+            hint="the weights and config.json do not belong together",
+        )
+
+
+def _refuse_unquantized(path: str, model: nn.Module) -> None:
+    left = [n for n in quantizable_modules(model) if type(model.get_submodule(n)) is nn.Linear]
+    if left or not any(isinstance(m, QuantLinear) for m in model.modules()):
+        first = f", first `{left[0]}`" if left else ""
+        raise BaseModelError(
+            f"{len(left)} linear layers of `{path}` were not quantized{first}",
+            hint="use `quant: none` for this architecture",
+        )
+
+
+def local_folder(path: str, revision: str | None = None) -> Path:
+    """The folder that holds the model's files; a hub id is downloaded to the hub's cache.
+
+    Raises:
+        BaseModelError: neither a folder nor a model on the hub.
+    """
+    _refuse_wrong_path(path)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=list(_MODEL_FILES)))
+    except Exception as error:
+        raise _load_error(path, error) from error

@@ -1,0 +1,215 @@
+"""`load_base`, `load` and `save_adapter`: models in, adapters out, with what belongs together."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from decal.config import QuantConfig
+from decal.errors import AdapterError, BaseModelError, QuantError
+from decal.model import hf
+from decal.model.adapter import Adapter
+from decal.model.inject import attach
+from decal.quant import quant_format
+from decal.quant.base import Recipe
+from decal.store.base import open_base
+from decal.store.fingerprint import fingerprint
+from decal.verbs.target import BASE, QUANTIZER, base_of, metadata_json, read, resolve
+from decal.version import __version__
+
+Quant = Literal["none", "nf4"] | QuantConfig | None
+
+
+def as_recipe(quant: Quant) -> Recipe | None:
+    """Settings of `quant:` as a recipe; None for 16-bit weights. Raises QuantError."""
+    if quant is None or quant == "none":
+        return None
+    if isinstance(quant, str):
+        quant_format(quant)
+        return Recipe(format=quant)
+    if quant.format == "none":
+        return None
+    return Recipe(format=quant.format, block_size=quant.block_size, double=quant.double)
+
+
+def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """`bfloat16` and the like as torch's dtype; raises BaseModelError for anything else."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in hf.DTYPES:
+        raise BaseModelError(f"dtype `{dtype}` is unknown", hint=f"use {', '.join(hf.DTYPES)}")
+    return hf.DTYPES[dtype]
+
+
+def load_base(
+    path: str | Path,
+    *,
+    quant: Quant = "none",
+    dtype: str | torch.dtype = "bfloat16",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a base model and its tokenizer, quantized while loading if asked for.
+
+    Args:
+        path: hub id or folder.
+        quant: `none`, `nf4`, or a QuantConfig.
+        dtype: what the model computes in.
+        device: `auto`, or a torch device name.
+
+    Raises:
+        BaseModelError: no such model, or files that do not fill it.
+        QuantError: weights or settings that the format cannot hold.
+    """
+    model = hf.load_model(
+        str(path),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        dtype=as_dtype(dtype),
+        device=device,
+        recipe=as_recipe(quant),
+    )
+    tokenizer = hf.load_tokenizer(str(path), revision=revision, trust_remote_code=trust_remote_code)
+    return model, tokenizer
+
+
+def load(
+    target: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    base: str | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads whatever `target` is: a run, an adapter with its base, or a model.
+
+    An adapter of decal's is loaded onto its base as it was quantized in training, and that base's
+    packed weights must be the very ones of the training.
+
+    Args:
+        target: run folder, adapter folder, model folder or hub id.
+        adapter: an adapter to put on `target`, if that is a base.
+        base: the base of an adapter, if not the one it names.
+
+    Raises:
+        AdapterError: unreadable, no base known, or it does not fit.
+        BaseModelError: the base cannot be loaded.
+    """
+    found = resolve(target)
+    if found.kind == "adapter" and adapter is None:
+        return load_adapter(Adapter.from_pretrained(found.path), base, device, trust_remote_code)
+    if adapter is not None:
+        if found.kind == "adapter":
+            raise AdapterError(
+                f"`{target}` is an adapter; a second one cannot be put on it",
+                hint="name the base model first, then the adapter",
+            )
+        _, read_in = read(adapter)
+        return load_adapter(read_in, found.path, device, trust_remote_code)
+    return load_base(found.path, device=device, trust_remote_code=trust_remote_code)
+
+
+def load_adapter(
+    adapter: Adapter,
+    base: str | None,
+    device: str,
+    trust_remote_code: bool = False,
+    name: str = "default",
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads the adapter's base as it was in training, and attaches the adapter to it."""
+    path, revision = base_of(adapter, base)
+    recorded = metadata_json(adapter, QUANTIZER)
+    trained_in = (metadata_json(adapter, BASE) or {}).get("dtype", "bfloat16")
+    model, tokenizer = load_base(
+        path,
+        quant=recorded_quant(recorded),
+        dtype=trained_in,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    check_identity(adapter, hf.quantizer_identity(model), path)
+    attach(model, adapter, name)
+    model.eval()
+    return model, tokenizer
+
+
+def recorded_quant(recorded: dict[str, Any] | None) -> QuantConfig:
+    """The `quant:` settings that an adapter's metadata records; `none` where there are none."""
+    if recorded is None:
+        return QuantConfig(format="none")
+    try:
+        fields = {k: recorded[k] for k in ("format", "block_size", "double")}
+        return QuantConfig(**fields)
+    except (KeyError, ValueError) as error:
+        raise QuantError(
+            "the adapter was trained on a quantized base of a kind this decal does not know",
+            details=[json.dumps(recorded)],
+        ) from error
+
+
+def check_identity(adapter: Adapter, identity: str | None, base: str) -> None:
+    """The packed weights must be those the adapter was trained on; raises AdapterError."""
+    recorded = metadata_json(adapter, QUANTIZER)
+    wanted = recorded.get("identity") if recorded else None
+    if wanted and identity != wanted:
+        raise AdapterError(
+            f"base `{base}` is not the one that adapter `{adapter.source}` was trained on:"
+            " its quantized weights differ",
+            details=[f"trained on {wanted[:16]}…, found {(identity or 'none')[:16]}…"],
+            hint="name the right base or revision",
+        )
+
+
+def save_adapter(
+    model: PreTrainedModel, path: str | Path, name: str = "default", *, force: bool = False
+) -> Adapter:
+    """Writes one attached adapter as a PEFT folder, with the facts that `load` and `merge` need.
+
+    Raises:
+        AdapterError: the model has no such adapter.
+        OutputError: the folder is there and not empty, and `force` is not set.
+        VerificationError: what was read again is not what was written.
+    """
+    adapter = adapter_of(model, name)
+    adapter.save_pretrained(path, force=force)
+    return adapter
+
+
+def adapter_of(model: PreTrainedModel, name: str = "default") -> Adapter:
+    """The attached adapter as an object, with base, fingerprint and quantizer recorded."""
+    info: hf.BaseInfo | None = getattr(model, "decal_base", None)
+    metadata = {"decal.version": __version__}
+    if info is None:
+        return Adapter.from_model(model, name, metadata=metadata)
+    base = {
+        "path": info.path,
+        "revision": info.revision,
+        "dtype": str(info.dtype).removeprefix("torch."),
+        "fingerprint": base_fingerprint(info.path, info.revision),
+    }
+    metadata[BASE] = json.dumps(base, sort_keys=True)
+    if info.recipe is not None:
+        metadata[QUANTIZER] = json.dumps(
+            {
+                "format": info.recipe.format,
+                "block_size": info.recipe.block_size,
+                "double": info.recipe.double,
+                "dtype": base["dtype"],
+                "identity": hf.quantizer_identity(model),
+            },
+            sort_keys=True,
+        )
+    return Adapter.from_model(
+        model, name, metadata=metadata, base=info.path, revision=info.revision
+    )
+
+
+def base_fingerprint(path: str, revision: str | None) -> str:
+    """Fingerprint of the base's files, from decal's cache where they have not changed."""
+    return fingerprint(open_base(hf.local_folder(path, revision)))

@@ -1,0 +1,190 @@
+"""`decal merge`: an adapter folded into its base, as a plain model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from decal.adapters.base import LowRank
+from decal.errors import AdapterError, ConfigError
+from decal.model import hf
+from decal.model.adapter import Adapter
+from decal.model.quantizer import quantizable_modules
+from decal.quant import quant_format
+from decal.quant.base import Recipe
+from decal.quant.identity import combine, digest
+from decal.store.base import open_base
+from decal.verbs.load import as_recipe, base_fingerprint, recorded_quant
+from decal.verbs.target import BASE, QUANTIZER, base_of, metadata_json, read
+from decal.weights.delta import Deltas, FileDelta
+from decal.weights.merge import MergeDtype, MergeReport, merge_files
+
+Onto = Literal["trained", "original"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """What a merge did."""
+
+    base: str
+    adapter: str
+    onto: Onto
+    report: MergeReport
+
+    def summary(self) -> dict[str, Any]:
+        """The merge in a few facts, for printing."""
+        r = self.report
+        return {
+            "merged": str(r.out),
+            "base": self.base,
+            "adapter": self.adapter,
+            "onto": self.onto,
+            "targeted": r.targeted,
+            "dequantized": r.dequantized,
+            "untouched": r.untouched,
+            "untied": list(r.untied),
+            "dtype": r.dtype,
+            "bytes": r.nbytes,
+            "delta_kept_by_rounding": r.survival,
+            "fingerprint": r.fingerprint,
+        }
+
+
+class _AsTrained:
+    """Turns stored weights into those that training computed with, and checks that they are.
+
+    Each weight is cast, packed and dequantized exactly as loading did it. When the last one has
+    passed, the hash of all packed bytes must be the one recorded with the adapter; the merge is
+    then still in its temporary folder.
+    """
+
+    def __init__(self, adapter: Adapter, recipe: Recipe, dtype: torch.dtype, base: str):
+        self._adapter, self._recipe, self._dtype, self._base = adapter, recipe, dtype, base
+        self._waiting: set[str] = set()
+        self._digests: dict[str, str] = {}
+
+    def converter(self, module: str, transposed: bool) -> Callable[[Tensor], Tensor]:
+        self._waiting.add(module)
+
+        def convert(stored: Tensor) -> Tensor:
+            weight = stored.T if transposed else stored
+            fmt = quant_format(self._recipe.format)
+            packed = fmt.quantize(weight.to(self._dtype).contiguous(), self._recipe)
+            self._digests[module] = digest(module, packed)
+            self._waiting.discard(module)
+            if not self._waiting:
+                self._check()
+            result = fmt.dequantize(packed, self._dtype)
+            return result.T.contiguous() if transposed else result
+
+        return convert
+
+    def _check(self) -> None:
+        wanted = (metadata_json(self._adapter, QUANTIZER) or {}).get("identity")
+        if wanted and combine(self._digests) != wanted:
+            raise AdapterError(
+                f"base `{self._base}` is not the one that adapter `{self._adapter.source}` was"
+                " trained on: its quantized weights differ",
+                details=[f"trained on {wanted[:16]}…, found {combine(self._digests)[:16]}…"],
+                hint="name the right base or revision; nothing was written",
+            )
+
+
+def merge(
+    base: str | None,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    dtype: MergeDtype = "keep",
+    onto: Onto | None = None,
+    force: bool = False,
+    observe: Callable[[int, int], None] | None = None,
+) -> Merged:
+    """Writes base + adapter as a plain model folder, one tensor in memory at a time.
+
+    Args:
+        base: hub id or folder; None takes the one the adapter names.
+        adapter: run or adapter folder.
+        dtype: of the written weights; `keep` leaves each tensor's own.
+        onto: `trained` adds the delta to the weights that training computed with (for QLoRA the
+            dequantized ones), `original` to the base's own. Default: trained if the adapter was
+            trained on a quantized base.
+        observe: called with bytes done and bytes in total.
+
+    Raises:
+        AdapterError: it does not fit, or this is not the base it was trained on.
+        ConfigError: `trained` for an adapter that records no quantized base.
+        Whatever `merge_files` raises.
+    """
+    _, loaded = read(adapter)
+    path, revision = base_of(loaded, base)
+    recorded = metadata_json(loaded, QUANTIZER)
+    if onto == "trained" and recorded is None:
+        raise ConfigError(
+            f"adapter `{adapter}` does not record a quantized base, so there is nothing but the"
+            " original to merge onto",
+            hint="leave --onto out",
+        )
+    if onto is None:
+        onto = "trained" if recorded else "original"
+    files = open_base(hf.local_folder(path, revision))
+    if onto == "original" or recorded is None:
+        _check_fingerprint(loaded, path, revision)
+    skeleton = hf.skeleton(path, revision=revision)
+    keys = {name: key for key, name in hf.name_map(skeleton, sorted(files.tensors)).items()}
+    transposed = hf.transposed_modules(skeleton)
+
+    converters: dict[str, Callable[[Tensor], Tensor]] = {}
+    recipe = as_recipe(recorded_quant(recorded))
+    if onto == "trained" and recorded is not None and recipe is not None:
+        as_trained = _AsTrained(loaded, recipe, hf.DTYPES[recorded["dtype"]], path)
+        for module in quantizable_modules(skeleton):
+            key = keys.get(f"{module}.weight", f"{module}.weight")
+            converters[key] = as_trained.converter(module, module in transposed)
+    report = merge_files(
+        files,
+        out,
+        _deltas(loaded, keys, transposed, adapter),
+        dequantized=converters,
+        tied=_tied(skeleton, keys),
+        dtype=dtype,
+        force=force,
+        observe=observe,
+    )
+    return Merged(base=path, adapter=str(adapter), onto=onto, report=report)
+
+
+def _deltas(
+    adapter: Adapter, keys: dict[str, str], transposed: set[str], source: str | Path
+) -> Deltas:
+    scale = adapter.config.scaling
+    by_key = {}
+    for module, (A, B) in adapter.tensors.items():
+        key = keys.get(f"{module}.weight", f"{module}.weight")
+        by_key[key] = FileDelta(LowRank(A, B, scale, 0.0), module in transposed, module)
+    return Deltas(by_key, name=str(source), trained_on=adapter.base)
+
+
+def _tied(skeleton: Any, keys: dict[str, str]) -> dict[str, str]:
+    """File key of a tied tensor -> file key of the tensor it shares, where the file has one."""
+    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
+    return {keys.get(k, k): keys[source] for k, source in tied.items() if source in keys}
+
+
+def _check_fingerprint(adapter: Adapter, path: str, revision: str | None) -> None:
+    wanted = (metadata_json(adapter, BASE) or {}).get("fingerprint")
+    if wanted is None:
+        return
+    found = base_fingerprint(path, revision)
+    if found != wanted:
+        raise AdapterError(
+            f"base `{path}` is not the one that adapter `{adapter.source}` was trained on:"
+            " its weights differ",
+            details=[f"trained on {wanted[:16]}…, found {found[:16]}…"],
+            hint="name the right base or revision",
+        )

@@ -1,0 +1,189 @@
+"""Everything that must stand before step 1: model, adapter, data, and what is said about them.
+
+`prepare` spends no training time and writes nothing; `decal train --dry-run` ends after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from decal.adapters import DropoutKey, Routing, current_routing, routed
+from decal.config import LoraConfig, RunConfig
+from decal.data.batch import Batch
+from decal.data.chat import Encoder
+from decal.data.pack import Batches, make_batches
+from decal.data.sample import Sample
+from decal.data.source import read_rows, split_eval
+from decal.data.stats import summarize
+from decal.errors import DataError
+from decal.model import attention
+from decal.model.inject import attach, trainable_line
+from decal.model.size import bits_per_weight
+from decal.objectives import OBJECTIVES
+from decal.train.loop import total_steps
+from decal.verbs.load import load_base
+
+Say = Callable[[str], None]
+
+ADAPTER = "default"
+
+
+@dataclass(kw_only=True)
+class Session:
+    """A run that could begin now."""
+
+    config: RunConfig
+    model: Any
+    tokenizer: Any
+    samples: list[Sample]
+    batches: Batches
+    eval_batches: list[Batch]
+    flat: bool
+    """Whether batches are flattened; padded where flattening changes the model's logits."""
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def loss(self, batch: Batch, epoch: int | None) -> tuple[Tensor, int]:
+        """Sum of the token losses of a micro-batch, and its trained tokens.
+
+        `epoch` None is evaluation: no dropout.
+        """
+        objective = OBJECTIVES[self.config.objective]
+        batch = batch.to(self.model.device)
+        with routed(self._routing(batch, epoch)):
+            keep = objective.trained_positions(batch)
+            logits = attention.forward(self.model, batch, keep)
+        return objective.loss(logits, batch.targets.flatten()[keep]), batch.trained
+
+    def _routing(self, batch: Batch, epoch: int | None) -> Routing | None:
+        if not isinstance(self.config.adapter, LoraConfig):
+            return None
+        key = None
+        if epoch is not None and self.config.adapter.lora_dropout > 0:
+            ids, positions = batch.sample_ids.flatten(), batch.positions.flatten()
+            key = DropoutKey(self.config.train.seed, epoch, ids, positions)
+        return Routing(((ADAPTER, 1.0),), key)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return total_steps(self.batches.steps_per_epoch, self.config.train)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """The model as the loop needs it: training mode, attention, checkpointing; and back."""
+        with ExitStack() as stack:
+            if self.flat:
+                stack.enter_context(attention.flat_attention(self.model))
+            if self.config.train.gradient_checkpointing:
+                self.model.gradient_checkpointing_enable(
+                    {"use_reentrant": False, "context_fn": _recompute_contexts}
+                )
+                stack.callback(self.model.gradient_checkpointing_disable)
+            before = self.model.training
+            stack.callback(self.model.train, before)
+            self.model.train()
+            yield
+
+
+def _recompute_contexts() -> tuple[Any, Any]:
+    """Recomputation in backward sees the routing of its forward, whatever runs by then."""
+    routing = current_routing()
+    return routed(routing), routed(routing)
+
+
+def prepare(config: RunConfig, say: Say) -> Session:
+    """Loads base and data and attaches the adapter; says what it found.
+
+    Raises:
+        BaseModelError, DataError, TargetError, QuantError: what the settings name is not there, or
+            would train nothing or the wrong thing.
+    """
+    base = config.base
+    rows = read_rows(config.data.path, split=config.data.split, limit=config.data.limit)
+    train_rows, eval_rows = split_eval(rows.examples, config.data.eval, config.train.seed)
+    model, tokenizer = load_base(
+        base.path,
+        quant=config.quant,
+        dtype=base.dtype,
+        device=base.device,
+        revision=base.revision,
+        trust_remote_code=base.trust_remote_code,
+    )
+    _say_base(model, config, say)
+
+    encoder = Encoder(tokenizer, config.data.max_length)
+    samples = encoder.encode_all(train_rows, rows.source)
+    eval_samples = encoder.encode_all(eval_rows, rows.source) if eval_rows else []
+    _refuse_other_vocabulary(model, samples)
+    say(
+        f"data: {rows.source} ({rows.layout}), {len(samples):,} to train, {len(eval_rows):,} to evaluate"
+    )
+    for line in summarize(samples).lines():
+        say(f"  {line}")
+    if rows.ignored:
+        say(f"  columns not used: {', '.join(rows.ignored)}")
+
+    if isinstance(config.adapter, LoraConfig):
+        for line in attach(model, config.adapter, ADAPTER, seed=config.train.seed).lines():
+            say(line)
+    else:
+        model.requires_grad_(True)
+        say("full fine-tuning: every weight is trained")
+    say(trainable_line(model))
+
+    flat = attention.flattens(model)
+    if not flat:
+        say("flattened batches change this model's logits, so padded ones are used")
+    return Session(
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        samples=samples,
+        batches=_batches(config, samples, flat),
+        eval_batches=make_batches(
+            eval_samples, config.train.micro_batch_tokens, layout="flat" if flat else "padded"
+        ),
+        flat=flat,
+    )
+
+
+def _batches(config: RunConfig, samples: list[Sample], flat: bool) -> Batches:
+    return Batches(
+        samples=samples,
+        batch_size=config.train.batch_size,
+        micro_batch_tokens=config.train.micro_batch_tokens,
+        seed=config.train.seed,
+        layout="flat" if flat else "padded",
+    )
+
+
+def _say_base(model: Any, config: RunConfig, say: Say) -> None:
+    stored = "16-bit" if config.base.dtype != "float32" else "32-bit"
+    if config.quant.format != "none":
+        stored = config.quant.format + (" with double quantization" if config.quant.double else "")
+    say(
+        f"base: {config.base.path} ({type(model).__name__}), {stored},"
+        f" {bits_per_weight(model):.2f} bits per weight, computes in {config.base.dtype}"
+        f" on {model.device}"
+    )
+
+
+def _refuse_other_vocabulary(model: Any, samples: list[Sample]) -> None:
+    """A tokenizer of another model makes ids that the embedding does not have."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    worst = max(samples, key=lambda sample: int(sample.input_ids.max()))
+    if int(worst.input_ids.max()) >= rows:
+        raise DataError(
+            f"the tokenizer makes token {int(worst.input_ids.max())}, the embedding has {rows} rows",
+            details=[f"first seen in row {worst.row}"],
+            hint="tokenizer and weights do not belong together",
+        )

@@ -1,0 +1,104 @@
+"""What a path given by the user is: a run, an adapter or a model; and the base behind it.
+
+Reads settings and headers only; loads nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from decal.errors import AdapterError, DecalError, OutputError, nearest
+from decal.model.adapter import Adapter
+
+QUANTIZER = "decal.quantizer"
+BASE = "decal.base"
+RUN = "decal.run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A path, understood.
+
+    `path` is the folder that holds the weights: for a run its adapter folder or model folder.
+    """
+
+    kind: Literal["adapter", "model"]
+    path: str
+    run: Path | None = None
+
+
+def resolve(path: str | Path) -> Target:
+    """Says what `path` is. A name that is no folder is taken for a model on the hub.
+
+    Raises:
+        DecalError: a folder that is none of the three, or a run that has left no weights yet.
+    """
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        text = str(path)
+        if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+            return Target(kind="model", path=text)
+        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = nearest(folder.name, siblings)
+        raise DecalError(
+            f"there is nothing at `{path}`",
+            hint=f"did you mean `{folder.parent / near}`?" if near else "name a folder or a hub id",
+        )
+    if not folder.is_dir():
+        raise DecalError(f"`{path}` is a file", hint="name the folder it lies in")
+    if (folder / "run.yaml").exists():
+        for kind, name in (("adapter", "adapter"), ("model", "model")):
+            if (folder / name).is_dir():
+                return Target(kind=kind, path=str(folder / name), run=folder)  # type: ignore[arg-type]
+        raise OutputError(
+            f"run `{path}` has not finished: it holds no adapter yet",
+            hint=f"go on with `decal train {folder / 'run.yaml'} --resume`",
+        )
+    if (folder / "adapter_config.json").exists():
+        return Target(kind="adapter", path=str(folder))
+    if (folder / "config.json").exists():
+        return Target(kind="model", path=str(folder))
+    raise DecalError(
+        f"`{path}` is neither a run, an adapter nor a model",
+        hint="expected run.yaml, adapter_config.json or config.json in it",
+    )
+
+
+def read(path: str | Path) -> tuple[Target, Adapter]:
+    """Resolves `path` and reads the adapter there; AdapterError if it is a model."""
+    target = resolve(path)
+    if target.kind != "adapter":
+        raise AdapterError(
+            f"`{path}` is a model, not an adapter",
+            hint="an adapter folder holds adapter_config.json and adapter_model.safetensors",
+        )
+    return target, Adapter.from_pretrained(target.path)
+
+
+def base_of(adapter: Adapter, given: str | None = None) -> tuple[str, str | None]:
+    """(path, revision) of the base: `given`, else the one written in the adapter."""
+    if given is not None:
+        return given, None
+    recorded = metadata_json(adapter, BASE)
+    path = adapter.base or (recorded or {}).get("path")
+    if not path:
+        raise AdapterError(
+            "the adapter does not say which base it belongs to",
+            hint="name the base: `decal merge BASE ADAPTER -o OUT`",
+        )
+    return path, adapter.revision
+
+
+def metadata_json(adapter: Adapter, key: str) -> dict[str, Any] | None:
+    """One of decal's own metadata entries, parsed; None where there is none."""
+    text = adapter.metadata.get(key)
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"metadata `{key}` of the adapter is not JSON: {error}") from None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,210 @@
+"""`decal train`: settings in, a run folder with a trained adapter out."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from decal.config import FullConfig, RunConfig
+from decal.errors import ConfigError
+from decal.model import hf
+from decal.model.inject import trainable_parameters
+from decal.report.plots import loss_png
+from decal.runfile import dump_run, parse_run
+from decal.store.files import atomic_folder, write_bytes
+from decal.store.run import RunFolder
+from decal.train.events import Event, Job, Result
+from decal.train.loop import train as run_loop
+from decal.verbs.load import base_fingerprint, save_adapter
+from decal.verbs.session import ADAPTER, Say, Session, prepare
+from decal.version import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """A finished run."""
+
+    run: Path
+    weights: Path
+    """The adapter folder, or the model folder of a full fine-tuning."""
+    result: Result
+    trainable_params: int
+    total_params: int
+    session: Session
+    """The model with its adapter, still loaded."""
+
+    def summary(self) -> dict[str, Any]:
+        """The run in a few facts, for printing."""
+        return {
+            "run": str(self.run),
+            "weights": str(self.weights),
+            "trainable_params": self.trainable_params,
+            "total_params": self.total_params,
+            **_result_info(self.result),
+        }
+
+
+def train(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    observe: Callable[[Event], None] | None = None,
+    say: Say | None = None,
+) -> RunResult | None:
+    """Trains what `config` says into the run folder `config.output`.
+
+    Args:
+        resume: go on from the newest checkpoint of that folder; the settings must be the same.
+        force: remove an earlier run there.
+        dry_run: stop before step 1; nothing is written and None is returned.
+        observe: called with every event of the loop.
+        say: called with lines about what was found and done.
+
+    Raises:
+        ConfigError: settings that contradict each other or the run that is resumed.
+        OutputError: the folder is in use.
+        TrainingError, StorageError, Interrupted: see `decal.train.loop`.
+        Whatever `prepare` raises.
+    """
+    say = say or (lambda line: None)
+    observe = observe or (lambda event: None)
+    _refuse_contradictions(config)
+    if dry_run:
+        session = prepare(config, say)
+        say(
+            f"{session.total_steps:,} steps of {config.train.batch_size} samples; dry run, nothing written"
+        )
+        return None
+    if not resume:  # before the wait for model and data, and again when the folder is made
+        RunFolder.check_new(config.output, force=force)
+        session = prepare(config, say)
+    with _open_run(config, resume=resume, force=force) as run:
+        if resume:
+            session = prepare(config, say)
+        else:
+            run.write_info(_info(session))
+        with session.training():
+            result = run_loop(_job(session, run, observe, resume))
+        session.model.eval()
+        weights = _save(session, run)
+        write_bytes(run.path / "loss.png", loss_png(run.metrics(), run.path.name))
+        run.write_info({**run.info(), "result": _result_info(result)})
+    trainable, total = trainable_parameters(session.model)
+    return RunResult(
+        run=run.path,
+        weights=weights,
+        result=result,
+        trainable_params=trainable,
+        total_params=total,
+        session=session,
+    )
+
+
+def _refuse_contradictions(config: RunConfig) -> None:
+    if isinstance(config.adapter, FullConfig) and config.quant.format != "none":
+        raise ConfigError(
+            f"full fine-tuning of a base in {config.quant.format}: quantized weights cannot be trained",
+            hint="set `quant: none`, or `adapter.method: lora`",
+        )
+    if config.train.keep == "best" and config.data.eval is None and config.train.eval_every:
+        raise ConfigError(
+            "`train.eval_every` is set, but `data.eval` is null: there is nothing to evaluate on",
+            hint="set `data.eval: 0.05`, or leave `train.eval_every` out",
+        )
+
+
+def _open_run(config: RunConfig, *, resume: bool, force: bool) -> RunFolder:
+    if not resume:
+        return RunFolder.create(config.output, dump_run(config), force=force)
+    run = RunFolder.open(config.output)
+    before = parse_run(run.settings, name=str(run.path / "run.yaml"))
+    changed = _changed(before.model_dump(), config.model_dump())
+    if changed:
+        run.close()
+        raise ConfigError(
+            f"{len(changed)} settings differ from those the run `{config.output}` began with",
+            details=changed[:1],
+            hint="resume with the settings unchanged, or start over with --force",
+        )
+    return run
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    lines = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += _changed(old, new, f"{prefix}{key}.")
+        elif old != new and prefix + key != "output":
+            lines.append(f"{prefix}{key} was {old}, is {new}")
+    return lines
+
+
+def _job(session: Session, run: RunFolder, observe: Callable[[Event], None], resume: bool) -> Job:
+    return Job(
+        loss=session.loss,
+        parameters=session.parameters,
+        steps=session.batches,
+        eval_batches=session.eval_batches,
+        settings=session.config.train,
+        run=run,
+        observe=observe,
+        scale_loss=session.config.base.dtype == "float16" and torch.cuda.is_available(),
+        resume=resume,
+    )
+
+
+def _save(session: Session, run: RunFolder) -> Path:
+    if isinstance(session.config.adapter, FullConfig):
+        out = run.path / "model"
+        with atomic_folder(out, force=True) as place:
+            session.model.save_pretrained(place)
+            session.tokenizer.save_pretrained(place)
+        return out
+    out = run.path / "adapter"
+    save_adapter(session.model, out, ADAPTER, force=True)
+    return out
+
+
+def _info(session: Session) -> dict[str, Any]:
+    base = session.config.base
+    return {
+        "decal": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(session.model.device),
+        "base_fingerprint": base_fingerprint(base.path, base.revision),
+        "quantizer_identity": hf.quantizer_identity(session.model),
+        "layout": "flat" if session.flat else "padded",
+        "rows": len(session.samples),
+        "steps": session.total_steps,
+    }
+
+
+def _result_info(result: Result) -> dict[str, Any]:
+    return {
+        "steps": result.steps,
+        "loss": result.loss,
+        "eval_loss": result.eval_loss,
+        "best_eval_loss": result.best_eval_loss,
+        "best_step": result.best_step,
+        "kept_step": result.kept_step,
+        "seconds": result.seconds,
+        "tokens": result.tokens,
+        "trained_tokens": result.trained_tokens,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory_bytes": result.memory.bytes,
+    }
