@@ -53,11 +53,15 @@ class BaseFiles:
     def read(self, key: str) -> Tensor:
         """The tensor of a file key in its stored dtype; read only (it may be a mapped page).
 
-        Raises BaseModelError if there is no such key.
+        Raises BaseModelError if there is no such key, or the file became unreadable.
         """
-        if key not in self.tensors:
+        entry = self.tensors.get(key)
+        if entry is None:
             raise BaseModelError(f"base `{self.folder}` has no tensor `{key}`")
-        return load_tensor(self.tensors[key])
+        try:
+            return load_tensor(entry)
+        except OSError as error:
+            raise BaseModelError(f"`{entry.file}` cannot be read: {error.strerror}") from error
 
     @property
     def nbytes(self) -> int:

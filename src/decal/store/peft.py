@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -53,6 +53,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _SUFFIXES = {".lora_A.weight": "A", ".lora_B.weight": "B"}
 _FLOATS = ("F32", "BF16", "F16")
+_BASE_COPY = "a copy of the base's own weight (save again with save_embedding_layers=False)"
+_SHOWN = 12
+"""Lines of an error; kinds of problems, each with its count."""
 _UNKNOWN = "neither lora_A.weight nor lora_B.weight of a module"
 _FOREIGN = {
     "lora_magnitude_vector": "a DoRA magnitude",
@@ -60,6 +63,9 @@ _FOREIGN = {
     "lora_embedding_B": "LoRA on an embedding",
     "trainable_tokens_delta": "trained token embeddings",
 }
+_Misfit = tuple[str, str]
+"""A tensor or module, and what is wrong with it."""
+_MERGE = "merge it with peft (merge_and_unload) and use the merged model as the base"
 _AGAIN = "the file was cut off or changed; copy or download the adapter again"
 
 
@@ -205,7 +211,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if kind != "LORA":
         raise AdapterError(
             f"adapter `{folder}` is of peft_type {kind!r}, decal reads LORA",
-            hint="merge it with peft (merge_and_unload) and use the merged model as the base",
+            hint=_MERGE,
         )
     return raw
 
@@ -231,74 +237,76 @@ def _weights_file(folder: Path) -> Path:
     raise AdapterError(f"adapter `{folder}` has no {WEIGHTS_NAME}", hint=_AGAIN)
 
 
-def _pairs(file: TensorFile, rank: Any) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Module -> {"A": key, "B": key} of the complete pairs, and a line for every other tensor."""
+def _pairs(file: TensorFile, rank: Any) -> tuple[dict[str, dict[str, str]], list[_Misfit]]:
+    """Module -> {"A": key, "B": key} of the complete pairs, and why every other tensor is none."""
     found: dict[str, dict[str, str]] = {}
-    problems = []
+    problems: list[_Misfit] = []
     for key, entry in sorted(file.entries.items()):
         suffix = next((s for s in _SUFFIXES if key.endswith(s)), None)
         module = key.removeprefix(_PREFIX).removesuffix(suffix or "")
         if not key.startswith(_PREFIX) or module.startswith(_PREFIX):
-            problems.append(f"{key}: does not have the prefix `{_PREFIX}` once")
+            problems.append((key, f"does not have the prefix `{_PREFIX}` once"))
         elif suffix is None or not module:
-            problems.append(f"{key}: {_foreign(key)}")
+            problems.append((key, _foreign(key)))
         elif len(entry.spec.shape) != 2 or entry.spec.dtype not in _FLOATS:
-            problems.append(f"{key}: {entry.spec.dtype} {list(entry.spec.shape)} is no factor")
+            problems.append((key, f"{entry.spec.dtype} {list(entry.spec.shape)} is no factor"))
         else:
             found.setdefault(module, {})[_SUFFIXES[suffix]] = key
     pairs = {}
     for module, keys in found.items():
         if len(keys) < 2:
             other = "B" if "A" in keys else "A"
-            problems.append(f"{module}: has lora_{next(iter(keys))} but no lora_{other}")
+            problems.append((module, f"has lora_{next(iter(keys))} but no lora_{other}"))
             continue
         a, b = (file.entries[keys[x]].spec.shape for x in "AB")
         if a[0] == b[1] == rank:
             pairs[module] = keys
         else:
-            problems.append(f"{module}: A has rank {a[0]}, B has {b[1]}, the config has r={rank}")
+            ranks = f"A has rank {a[0]}, B has {b[1]}, the config has r={rank}"
+            problems.append((module, ranks))
     if not file.entries:
-        problems.append("the file holds no tensors")
+        problems.append((WEIGHTS_NAME, "holds no tensors"))
     return pairs, problems
 
 
 def _foreign(key: str) -> str:
     if key.endswith(".base_layer.weight"):
-        return "a copy of the base's own weight (save again with save_embedding_layers=False)"
+        return _BASE_COPY
     return _FOREIGN.get(key.rpartition(".")[2], _UNKNOWN)
 
 
-def _unnamed(pairs: Mapping[str, object], config: LoraConfig) -> list[str]:
+def _unnamed(pairs: Mapping[str, object], config: LoraConfig) -> list[_Misfit]:
     try:
         return [
-            f"{module}: is not named by target_modules"
+            (module, "is not named by target_modules")
             for module in pairs
             if not matches(module, config.target_modules)
         ]
     except re.error as error:
-        return [f"target_modules `{config.target_modules!r}` is no regular expression: {error}"]
+        return [("target_modules", f"{config.target_modules!r} is no regular expression: {error}")]
 
 
-def _refuse(folder: Path, settings: list[str], tensors: list[str]) -> None:
+def _refuse(folder: Path, settings: list[str], tensors: list[_Misfit]) -> None:
     if not settings and not tensors:
         return
-    counts = [_count(settings, "setting"), _count(tensors, "tensor")]
+    counts = " and ".join(filter(None, [_count(settings, "setting"), _count(tensors, "tensor")]))
     verb = "does" if len(settings) + len(tensors) == 1 else "do"
-    details = []
-    for problems in (settings, tensors):
-        shown = problems if problems is settings else problems[:1]
-        more = len(problems) - len(shown)
-        details += [*shown[:-1], f"{shown[-1]}  (and {more} more)"] if more else shown
+    reasons: dict[str, list[str]] = {}
+    for subject, reason in tensors:
+        reasons.setdefault(reason, []).append(subject)
+    details = list(settings)
+    for reason, subjects in reasons.items():
+        more = f"  (and {len(subjects) - 1} more)" if subjects[1:] else ""
+        details.append(f"{subjects[0]}: {reason}{more}")
+    features = bool(settings) or not reasons.keys().isdisjoint({_BASE_COPY, *_FOREIGN.values()})
     raise AdapterError(
-        f"adapter `{folder}` is not plain LoRA: {' and '.join(filter(None, counts))} {verb} not fit",
-        details=details,
-        hint="merge it with peft (merge_and_unload) and use the merged model as the base"
-        if settings
-        else _AGAIN,
+        f"adapter `{folder}` is not plain LoRA: {counts} {verb} not fit",
+        details=details[:_SHOWN],
+        hint=_MERGE if features else _AGAIN,
     )
 
 
-def _count(problems: list[str], noun: str) -> str:
+def _count(problems: Sequence[object], noun: str) -> str:
     return f"{len(problems)} {noun}{'' if len(problems) == 1 else 's'}" if problems else ""
 
 

@@ -62,8 +62,15 @@ class Checkpoint:
     """Set if a newer checkpoint was damaged and passed over: one sentence for the user."""
 
     def tensors(self, stem: str) -> dict[str, Tensor]:
-        """The tensors written under `stem`, on the CPU, in memory of their own."""
-        return load_tensors(read_header(self.path / f"{stem}.safetensors", StorageError))
+        """The tensors written under `stem`, on the CPU, in memory of their own.
+
+        Raises StorageError if there are none or the file became unreadable.
+        """
+        file = read_header(self.path / f"{stem}.safetensors", StorageError)
+        try:
+            return load_tensors(file)
+        except OSError as error:
+            raise StorageError(f"`{file.path}` cannot be read: {error.strerror}") from error
 
 
 class RunFolder:

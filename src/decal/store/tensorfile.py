@@ -14,17 +14,19 @@ Knows nothing of base models or adapters.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from decal.errors import DecalError
@@ -195,16 +197,28 @@ def _claim(key: str, value: Any) -> tuple[TensorSpec, int, int]:
 
 
 def load_tensor(entry: TensorEntry) -> Tensor:
-    """One tensor on the CPU, in its stored dtype; perhaps a view of the file's pages: read only."""
-    with safe_open(entry.file, framework="pt") as file:
+    """One tensor on the CPU, in its stored dtype; perhaps a view of the file's pages: read only.
+
+    Raises OSError if the file is no longer what its header was.
+    """
+    with _opened(entry.file) as file:
         tensor: Tensor = file.get_tensor(entry.key)
     return tensor
 
 
 def load_tensors(file: TensorFile) -> dict[str, Tensor]:
-    """All tensors of one file, in memory of their own."""
-    with safe_open(file.path, framework="pt") as handle:
+    """All tensors of one file, in memory of their own. Raises OSError like `load_tensor`."""
+    with _opened(file.path) as handle:
         return {key: handle.get_tensor(key).clone() for key in file.entries}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise OSError(errno.EIO, f"the file changed while it was read ({error})", path) from error
 
 
 def raw_chunks(entry: TensorEntry) -> Iterator[bytes]:
@@ -215,7 +229,7 @@ def raw_chunks(entry: TensorEntry) -> Iterator[bytes]:
         while left:
             chunk = file.read(min(CHUNK, left))
             if not chunk:
-                raise OSError(5, "the file was cut off while it was read", str(entry.file))
+                raise OSError(errno.EIO, "the file was cut off while it was read", entry.file)
             left -= len(chunk)
             yield chunk
 
