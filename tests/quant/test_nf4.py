@@ -8,7 +8,7 @@ import torch
 from decal.errors import QuantError
 from decal.kernels import ops
 from decal.quant import FORMATS, Recipe, quant_format
-from decal.quant.codebook import BLOCK_SIZES, NESTED_BLOCK_SIZE, nested_map
+from decal.quant.codebook import BLOCK_SIZES, NESTED_BLOCK_SIZE, _table, nested_map
 
 NF4 = quant_format("nf4")
 SHAPES = [(1, 1), (5, 3), (33, 77), (64, 192), (129, 1030)]
@@ -109,6 +109,24 @@ def test_threads_do_not_change_bytes() -> None:
     torch.set_num_threads(before)
     for other in packed[1:]:
         assert all(torch.equal(part, other[key]) for key, part in packed[0].items())
+
+
+def test_default_dtype_and_device_do_not_matter() -> None:
+    """transformers sets both while it loads a model. Fails if a table is made without saying its
+    dtype: midpoints rounded to bfloat16 give other codes."""
+    weight, recipe = torch.randn(129, 640), Recipe(format="nf4")
+    plain = NF4.quantize(weight, recipe)
+    _table.cache_clear()
+    nested_map.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            other = NF4.quantize(weight, recipe)
+            back = NF4.dequantize(other, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(part, other.parts[key]) for key, part in plain.parts.items())
+    assert torch.equal(back, NF4.dequantize(plain, torch.float32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

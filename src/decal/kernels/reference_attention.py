@@ -67,7 +67,8 @@ def attention_flat(
         return _stacked(next(iter(starts)), q, k, v, scale, window, softcap, sinks)
     rows, outs = [], []
     for length, begins in starts.items():
-        at = (torch.tensor(begins)[:, None] + torch.arange(length)).view(-1).to(q.device)
+        first = torch.tensor(begins, device=q.device)
+        at = (first[:, None] + torch.arange(length, device=q.device)).view(-1)
         a, b, c = (x.index_select(0, at) for x in (q, k, v))
         rows.append(at)
         outs.append(_stacked(length, a, b, c, scale, window, softcap, sinks))

@@ -69,7 +69,7 @@ def _cells(midpoints: Tensor) -> tuple[int, Tensor, Tensor]:
             raise ValueError("code values closer than 1e-6 cannot be told apart")
     index = torch.arange(2 * per_unit + 1, device=midpoints.device)
     below = (cell[None, :] < index[:, None]).sum(1).to(torch.uint8)
-    inside = torch.full((2 * per_unit + 1,), torch.inf, device=midpoints.device)
+    inside = midpoints.new_full((2 * per_unit + 1,), torch.inf)
     inside[cell] = midpoints
     return per_unit, below, inside
 
@@ -155,7 +155,7 @@ def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     """
     values = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1.0, 2**exponent + 1, dtype=torch.float32, device="cpu")
         decade = (10 ** (exponent - 6)) * ((edges[:-1] + edges[1:]) / 2)
         values += decade.tolist() + (-decade).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
