@@ -7,12 +7,11 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# pytest and mypy need what the package needs, so `dev` contains the rest.
 TESTS ?= tests
 SOURCES := src tests $(wildcard bench examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test check format soak constraints clean
+.PHONY: help quickstart install test check format docs soak constraints clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +33,9 @@ check: $(STAMPS)/dev  ## format, lint, types, architecture, docs
 format: $(STAMPS)/dev  ## rewrite the sources in the project's format
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+
+docs: $(STAMPS)/dev  ## write docs/run.yaml from the settings
+	$(BIN)/decal init - > docs/run.yaml.new && mv docs/run.yaml.new docs/run.yaml
 
 soak: $(STAMPS)/dev  ## the slow tests too
 	$(BIN)/python -m pytest -m 'not gpu' tests
