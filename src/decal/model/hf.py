@@ -97,7 +97,7 @@ def load_model(
         quantization = DecalQuantizationConfig(
             format=recipe.format, block_size=recipe.block_size, double=recipe.double
         )
-    with _quiet():
+    with _Quiet():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 path,
@@ -108,6 +108,7 @@ def load_model(
                 device_map={"": pick_device(device)} if str(pick_device(device)) != "cpu" else None,
                 quantization_config=quantization,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, with both shapes
             )
         except Exception as error:
             raise _load_error(path, error) from error
@@ -149,7 +150,7 @@ def skeleton(path: str, *, revision: str | None = None, trust_remote_code: bool 
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     config.quantization_config = None
     del config.quantization_config
-    with _quiet(), torch.device("meta"):
+    with _Quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model.eval()
@@ -207,7 +208,7 @@ def _quant_method(config: Any) -> str:
     return str(getattr(quantization, "quant_method", "unknown"))
 
 
-class _quiet:
+class _Quiet:
     """Keeps transformers' progress bars and load reports off the terminal; errors still raise."""
 
     def __enter__(self) -> None:
@@ -276,10 +277,12 @@ def _first_line(error: Exception) -> str:
 
 def _refuse_incomplete(path: str, model: PreTrainedModel, report: dict[str, Any]) -> None:
     problems = []
-    missing = sorted(report["missing_keys"])
+    mismatched = sorted(report["mismatched_keys"])
+    if model.__dict__.get("hf_quantizer") is not None:
+        mismatched += getattr(model.hf_quantizer, "mismatched", [])
+    missing = sorted(set(report["missing_keys"]) - {key for key, *_ in mismatched})
     if missing:
         problems.append(f"{len(missing)} tensors are missing, first `{missing[0]}`")
-    mismatched = sorted(report["mismatched_keys"])
     if mismatched:
         key, found, wanted = mismatched[0]
         problems.append(

@@ -87,6 +87,10 @@ class _PackWeight(ConversionOps):
         for key, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             name = key.rpartition(".")[0]
+            wanted = model.get_submodule(name).weight.shape
+            if weight.shape != wanted:
+                self.quantizer.mismatched.append((key, weight.shape, wanted))
+                continue
             codes = quant_format(recipe.format).quantize(weight, recipe)
             packed = QuantLinear(codes, model.get_submodule(name).bias, weight.dtype)
             packed._is_hf_initialized = True
@@ -107,6 +111,8 @@ class DecalQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
+        self.mismatched: list[tuple[str, torch.Size, torch.Size]] = []
+        """(key, shape in the file, shape in the model): transformers does not compare these."""
         self._names: frozenset[str] = frozenset()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:

@@ -124,9 +124,8 @@ def prepare(config: RunConfig, say: Say) -> Session:
     samples = encoder.encode_all(train_rows, rows.source)
     eval_samples = encoder.encode_all(eval_rows, rows.source) if eval_rows else []
     _refuse_other_vocabulary(model, samples)
-    say(
-        f"data: {rows.source} ({rows.layout}), {len(samples):,} to train, {len(eval_rows):,} to evaluate"
-    )
+    counts = f"{len(samples):,} to train, {len(eval_rows):,} to evaluate"
+    say(f"data: {rows.source} ({rows.layout}), {counts}")
     for line in summarize(samples).lines():
         say(f"  {line}")
     if rows.ignored:
@@ -183,7 +182,8 @@ def _refuse_other_vocabulary(model: Any, samples: list[Sample]) -> None:
     worst = max(samples, key=lambda sample: int(sample.input_ids.max()))
     if int(worst.input_ids.max()) >= rows:
         raise DataError(
-            f"the tokenizer makes token {int(worst.input_ids.max())}, the embedding has {rows} rows",
+            f"the tokenizer makes token {int(worst.input_ids.max())},"
+            f" the embedding has {rows} rows",
             details=[f"first seen in row {worst.row}"],
             hint="tokenizer and weights do not belong together",
         )

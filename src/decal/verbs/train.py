@@ -81,7 +81,8 @@ def train(
     if dry_run:
         session = prepare(config, say)
         say(
-            f"{session.total_steps:,} steps of {config.train.batch_size} samples; dry run, nothing written"
+            f"{session.total_steps:,} steps of {config.train.batch_size} samples;"
+            " dry run, nothing written"
         )
         return None
     if not resume:  # before the wait for model and data, and again when the folder is made
@@ -112,7 +113,8 @@ def train(
 def _refuse_contradictions(config: RunConfig) -> None:
     if isinstance(config.adapter, FullConfig) and config.quant.format != "none":
         raise ConfigError(
-            f"full fine-tuning of a base in {config.quant.format}: quantized weights cannot be trained",
+            f"full fine-tuning of a base in {config.quant.format}:"
+            " quantized weights cannot be trained",
             hint="set `quant: none`, or `adapter.method: lora`",
         )
     if config.train.keep == "best" and config.data.eval is None and config.train.eval_every:

@@ -1,0 +1,231 @@
+"""`decal quickstart`: the whole way once, on the embedded base, with every claim checked.
+
+quantize -> look at the data -> train -> score -> save -> reload -> merge -> plain transformers.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from decal import demo
+from decal.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
+from decal.data.stats import show_sample
+from decal.errors import VerificationError
+from decal.model.inject import disabled, trainable_parameters
+from decal.model.size import weight_bytes
+from decal.report.tables import marked, size, table
+from decal.store.files import check_free
+from decal.train.events import Event
+from decal.verbs.load import load
+from decal.verbs.merge import merge
+from decal.verbs.session import Session, prepare
+from decal.verbs.text import complete, exact_match
+from decal.verbs.train import train
+
+HELD_OUT = 500
+STEPS = 150
+"""Optimizer steps where the machine is fast enough for them."""
+BATCH = 32
+SECONDS = 45.0
+"""What training may take by calibration; a slower machine takes fewer steps."""
+SHOWN = 3
+AGREEMENT = 0.995
+"""Share of predictions that must survive a merge into 16 bits."""
+
+
+@dataclass
+class _Show:
+    """Where the stages report to."""
+
+    say: Callable[[Any], None]
+    observe: Callable[[Event], None]
+    colour: bool
+    started: float = field(default_factory=time.perf_counter)
+
+    def stage(self, title: str) -> None:
+        self.say(f"\n{title}  ({time.perf_counter() - self.started:.0f} s)")
+
+
+def quickstart(
+    out: Path,
+    *,
+    force: bool = False,
+    say: Callable[[Any], None] = lambda what: None,
+    observe: Callable[[Event], None] = lambda event: None,
+    colour: bool = False,
+) -> dict[str, Any]:
+    """Trains a ticket router on the embedded base into `out`, and proves each step.
+
+    Args:
+        out: folder for data, run and merged model.
+        force: replace what an earlier quickstart left there.
+        say: takes lines and tables; `observe` takes the events of the training.
+        colour: mark trained tokens by colour instead of brackets.
+
+    Returns:
+        The facts of `decal quickstart --json`.
+
+    Raises:
+        OutputError: `out` is in use.
+        VerificationError: the reloaded or the merged model does not predict what was trained.
+    """
+    check_free(out, force=force, marker="run/run.yaml", hint="use --force, or another --out")
+    show = _Show(say, observe, colour)
+    config = _settings(out)
+    test = demo.rows("test")[:HELD_OUT]
+    config = _prepare(show, config, out)
+
+    show.stage("3. train a QLoRA adapter")
+    done = train(config, force=force, observe=observe)
+    assert done is not None
+    session = done.session
+    result = done.result
+    say(
+        f"{result.steps} steps, {result.tokens_per_second:,.0f} tokens/s, loss {result.loss:.3f},"
+        f" eval loss {result.eval_loss:.3f}, peak memory {size(result.memory.bytes)}"
+    )
+
+    show.stage(f"4. score base and adapter on {len(test)} held-out tickets")
+    with disabled(session.model):
+        base_says = _predict(session.model, session.tokenizer, test)
+    adapter_says = _predict(session.model, session.tokenizer, test)
+
+    show.stage("5. load the saved adapter into a newly loaded base")
+    model, tokenizer = load(done.run)
+    reloaded_says = _predict(model, tokenizer, test)
+    _agree("the reloaded adapter", reloaded_says, adapter_says, 1.0)
+
+    show.stage("6. merge, and load the result with plain transformers")
+    merged = merge(None, done.run, out / "merged", force=force)
+    report = merged.report
+    say(
+        f"{report.targeted} tensors merged, {report.dequantized} dequantized,"
+        f" {report.untouched} untouched"
+    )
+    plain = AutoModelForCausalLM.from_pretrained(out / "merged", dtype="auto")
+    merged_says = _predict(plain, AutoTokenizer.from_pretrained(out / "merged"), test)
+    _agree("the merged model", merged_says, adapter_says, AGREEMENT)
+
+    expected = [row.queue for row in test]
+    scores = {
+        "base": exact_match(base_says, expected),
+        "adapter": exact_match(adapter_says, expected),
+        "reloaded": exact_match(reloaded_says, expected),
+        "merged": exact_match(merged_says, expected),
+    }
+    _show_end(show, scores, test, (base_says, adapter_says, merged_says))
+    return _facts(done, scores, merged, time.perf_counter() - show.started)
+
+
+def _settings(out: Path) -> RunConfig:
+    return RunConfig(
+        base=str(demo.base_path()),
+        quant=QuantConfig(format="nf4", double=True),
+        adapter=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05),
+        data=DataConfig(path=str(out / "train.jsonl"), max_length=256, eval=0.05),
+        train=TrainConfig(max_steps=STEPS, batch_size=BATCH, lr=2e-3, eval_every=STEPS),
+        output=str(out / "run"),
+    )
+
+
+def _prepare(show: _Show, config: RunConfig, out: Path) -> RunConfig:
+    """Shows base and data, and fits the number of steps to this machine."""
+    show.stage("1. load the embedded base and quantize it")
+    out.mkdir(parents=True, exist_ok=True)
+    demo.write_jsonl(out / "train.jsonl", "train")
+    demo.write_jsonl(out / "test.jsonl", "test")
+    lines: list[str] = []
+    session = prepare(config, lines.append)
+    for line in lines[:1]:
+        show.say(line)
+    trainable, total = trainable_parameters(session.model)
+    base_total = total - trainable
+    stored = weight_bytes(session.model) - 4 * trainable
+    rows = [
+        ("16-bit", size(2 * base_total), "16.00"),
+        ("NF4, double quantization", size(stored), f"{8 * stored / base_total:.2f}"),
+    ]
+    show.say(table(("stored as", "weights", "bits per weight"), rows))
+    show.stage("2. one training sample, what is trained marked")
+    show.say(marked(show_sample(session.samples[0], session.tokenizer), colour=show.colour))
+    for line in lines[1:]:
+        show.say(line)
+    steps = _fitting_steps(session)
+    if steps < STEPS:
+        show.say(f"this machine is given {steps} steps instead of {STEPS}, to end in time")
+    settings = config.train.model_copy(update={"max_steps": steps, "eval_every": steps})
+    return config.model_copy(update={"train": settings})
+
+
+def _fitting_steps(session: Session) -> int:
+    """Steps that fit into SECONDS, from the time that two of them take (the first one warms up)."""
+    steps = session.batches.steps(0)
+    seconds = 0.0
+    with session.training():
+        for step in (next(steps), next(steps)):
+            begun = time.perf_counter()
+            for batch in step.micro:
+                loss, _ = session.loss(batch, 0)
+                loss.backward()
+            seconds = time.perf_counter() - begun
+    return max(20, min(STEPS, int(SECONDS / max(seconds, 1e-6))))
+
+
+def _predict(model: Any, tokenizer: Any, rows: Sequence[demo.TicketRow]) -> list[str]:
+    with torch.inference_mode():
+        prompts = [row.messages[:-1] for row in rows]
+        return complete(model, tokenizer, prompts, max_new_tokens=8, batch_size=100)
+
+
+def _agree(what: str, says: Sequence[str], trained: Sequence[str], least: float) -> None:
+    share = sum(a == b for a, b in zip(says, trained, strict=True)) / len(trained)
+    if share < least:
+        raise VerificationError(
+            f"{what} agrees with the trained one on {share:.1%} of {len(trained)} tickets,"
+            f" not on {least:.1%}"
+        )
+
+
+def _show_end(
+    show: _Show,
+    scores: dict[str, float],
+    test: Sequence[demo.TicketRow],
+    says: tuple[list[str], list[str], list[str]],
+) -> None:
+    show.stage("7. what came of it")
+    rows = [(name, f"{score:.1%}") for name, score in scores.items()]
+    show.say(table(("model", "right queue"), rows))
+    base, adapter, merged = says
+    cells = [
+        (row.prompt.partition("\n")[2], row.queue, base[i], adapter[i], merged[i])
+        for i, row in enumerate(test[:SHOWN])
+    ]
+    show.say(table(("ticket", "queue", "base", "adapter", "merged"), cells, wrap=38))
+
+
+def _facts(done: Any, scores: dict[str, float], merged: Any, seconds: float) -> dict[str, Any]:
+    session: Session = done.session
+    base_total = done.total_params - done.trainable_params
+    stored = weight_bytes(session.model) - 4 * done.trainable_params
+    return {
+        **{f"{name}_accuracy": score for name, score in scores.items()},
+        "trainable_params": done.trainable_params,
+        "total_params": done.total_params,
+        "base_bytes_16bit": 2 * base_total,
+        "base_bytes_quantized": stored,
+        "bits_per_weight": 8 * stored / base_total,
+        "adapter_bytes": sum(f.stat().st_size for f in done.weights.iterdir()),
+        "peak_memory_bytes": done.result.memory.bytes,
+        "train_tokens_per_second": done.result.tokens_per_second,
+        "seconds": seconds,
+        "run": str(done.run),
+        "adapter": str(done.weights),
+        "merged": str(merged.report.out),
+    }
