@@ -55,8 +55,7 @@ def test_the_codebooks_are_equal() -> None:
 def test_codes_and_scales_are_equal(
     shape: tuple[int, int], block_size: int, dtype: torch.dtype
 ) -> None:
-    """Bit for bit, and so is the dequantized weight. Fails with nibbles swapped, full blocks
-    divided instead of multiplied by the reciprocal, the short block multiplied, or an odd end
+    """Bit for bit, and so is the dequantized weight. Fails with nibbles swapped, or an odd end
     padded with code 0."""
     weight = sample(shape, dtype)
     codes, state = F.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
@@ -68,6 +67,21 @@ def test_codes_and_scales_are_equal(
     assert torch.equal(NF4.dequantize(packed, torch.float32), plain)
     if shape[1] % block_size == 0:
         assert torch.equal(NF4.dequantize(packed, dtype), F.dequantize_4bit(codes, state))
+
+
+@pytest.mark.parametrize("columns", [32, 31], ids=["full blocks", "short blocks"])
+def test_values_on_the_midpoints_round_alike(columns: int) -> None:
+    """Where one rounding decides: products of a scale and a midpoint, and their neighbours. Fails
+    with full blocks divided instead of multiplied by the reciprocal, or short ones multiplied."""
+    code = NF4.code(torch.device("cpu"))  # type: ignore[attr-defined]
+    middle = (code[1:] + code[:-1]) / 2
+    scales = torch.rand(200, 1) * 0.1 + 1e-3
+    exact = scales * middle
+    rows = torch.cat([scales, torch.nextafter(exact, scales), exact, scales], 1)[:, :columns]
+    for row in rows.view(200, 1, columns):
+        codes, _ = F.quantize_4bit(row, blocksize=32, quant_type="nf4")
+        packed = NF4.quantize(row, Recipe(format="nf4", block_size=32, double=False))
+        assert torch.equal(packed.parts["weight_packed"], codes)
 
 
 @pytest.mark.parametrize("block_size", [32, 64, 512])

@@ -105,6 +105,14 @@ def test_8bit_takes_the_nearest_of_256(n: int) -> None:
     assert torch.equal(values, code[index.long()] * scales)
 
 
+def test_8bit_midpoints_go_to_the_lower_code() -> None:
+    """Fails if the search counts midpoints at the value as below it."""
+    code = ops.dynamic_map()
+    middle = (code[:-1] + code[1:]) / 2
+    index, _ = ops.quantize_8bit(torch.cat([middle, torch.tensor([1.0])]), code, 256)
+    assert torch.equal(index.long(), torch.tensor([*range(255), 255]))
+
+
 def test_every_op_explains_its_backend() -> None:
     """Fails if an op is added to the functions and not to the table, or the other way round."""
     assert set(ops.explain()) == {
