@@ -30,6 +30,15 @@ def trained(sample: Sample, tokenizer: Any) -> list[str]:
     return [text for text, flag in show_sample(sample, tokenizer) if flag]
 
 
+def derived(tokenizer: Any, template: str, **tokens: str) -> Any:
+    """The same tokenizer with another chat template (and other special tokens)."""
+    return type(tokenizer)(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        chat_template=template,
+        **{"eos_token": tokenizer.eos_token, **tokens},
+    )
+
+
 @pytest.fixture(params=[False, True], ids=["whole offsets", "trimmed offsets"])
 def trim_offsets(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
@@ -83,12 +92,7 @@ def test_exactly_one_bos(template: str, make_tokenizer: Make) -> None:
 
 def test_two_bos_are_refused(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer("think-prompt")
-    tokenizer = type(tokenizer)(
-        tokenizer_object=tokenizer.backend_tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        chat_template="<s>" + tokenizer.chat_template,
-    )
+    tokenizer = derived(tokenizer, "<s>" + tokenizer.chat_template, bos_token="<s>")
     with pytest.raises(DataError, match="begins with two beginning-of-sequence tokens"):
         Encoder(tokenizer, 500).encode(chat("Say yes?", "no"))
 
@@ -149,8 +153,48 @@ def test_dropped_thinking_is_refused_even_where_prefixes_fit(make_tokenizer: Mak
 def test_content_is_found_where_the_prefix_is_none(make_tokenizer: Make) -> None:
     """The generation prompt opens a thinking block that the rendered answer does not have."""
     tokenizer = make_tokenizer("think-prompt")
-    sample = Encoder(tokenizer, 500).encode(chat("Say something", "yes", "And?", "no"))
-    assert trained(sample, tokenizer) == ["yes</s>", "no</s>"] or sample.straddling == 2
+    sample = Encoder(tokenizer, 500).encode(chat("Say yes", "no", "And?", "yes"))
+    assert trained(sample, tokenizer) == [" no</s>", " yes</s>"]
+    assert sample.straddling == 0
+
+
+def test_same_answer_twice_is_found_turn_by_turn(make_tokenizer: Make) -> None:
+    """Mutation: search from the beginning of the text."""
+    tokenizer = make_tokenizer("think-prompt")
+    with pytest.raises(DataError, match=r"message 2 \(assistant\) occurs more than once"):
+        Encoder(tokenizer, 500).encode(chat("Hi", "yes", "And?", "yes"))
+    sample = Encoder(tokenizer, 500).encode(chat("Hi", "yes or no", "And?", "yes"))
+    assert trained(sample, tokenizer) == [" yes or no</s>", " yes</s>"]
+
+
+def test_found_content_without_end_of_turn_is_refused(make_tokenizer: Make) -> None:
+    """As above, where the content had to be searched for."""
+    tokenizer = make_tokenizer("think-prompt")
+    tokenizer = derived(tokenizer, tokenizer.chat_template.replace("</s>", "."))
+    with pytest.raises(DataError, match="no end-of-turn token behind 'yes'"):
+        Encoder(tokenizer, 500).encode(chat("Hi", "yes"))
+
+
+def test_answer_in_one_token_with_its_prompt_is_refused(make_tokenizer: Make) -> None:
+    """The generation prompt ends in a space: only the end-of-turn token would be trained."""
+    tokenizer = make_tokenizer("chatml")
+    spaced = tokenizer.chat_template.replace("{{ m.role }}\n", "{{ m.role }} ")
+    tokenizer = derived(tokenizer, spaced.replace("assistant\n", "assistant "))
+    with pytest.raises(DataError, match="is one token with the text before it"):
+        Encoder(tokenizer, 500).encode(chat("Hi", "yes"))
+    sample = Encoder(tokenizer, 500).encode(chat("Hi", "yes maybe"))
+    assert trained(sample, tokenizer) == [" maybe<|im_end|>"]
+    assert sample.straddling == 1
+
+
+def test_text_after_the_last_turn_is_not_trained(make_tokenizer: Make) -> None:
+    """A template that closes the whole chat with eos besides every turn: the model stops at the
+    turn's own token. Mutation: take the last special token."""
+    tokenizer = make_tokenizer("chatml")
+    closing = tokenizer.chat_template.replace("{% endif %}", "{% else %}</s>{% endif %}")
+    tokenizer = derived(tokenizer, closing)
+    sample = Encoder(tokenizer, 500).encode(chat("Hi", "yes", "And?", "no"))
+    assert trained(sample, tokenizer) == ["yes<|im_end|>", "no<|im_end|>"]
 
 
 def test_ambiguous_content_is_refused(make_tokenizer: Make) -> None:
@@ -173,11 +217,7 @@ def test_markers_that_miss_a_turn_are_refused(make_tokenizer: Make) -> None:
     last_only = tokenizer.chat_template.replace(
         "m.role == 'assistant'", "m.role == 'assistant' and loop.last"
     )
-    tokenizer = type(tokenizer)(
-        tokenizer_object=tokenizer.backend_tokenizer,
-        eos_token="<|im_end|>",
-        chat_template=last_only,
-    )
+    tokenizer = derived(tokenizer, last_only)
     with pytest.raises(DataError, match="marks 1 generated parts, the row has 2 assistant turns"):
         Encoder(tokenizer, 500).encode(chat("a", "b", "c", "d"))
 
@@ -186,9 +226,7 @@ def test_dropped_message_is_refused(make_tokenizer: Make) -> None:
     """A template that skips roles it does not know."""
     tokenizer = make_tokenizer("think-prompt")
     skipping = "{% for m in messages if m.role != 'system' %}<s>{{ m.content }}</s>{% endfor %}"
-    tokenizer = type(tokenizer)(
-        tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>", chat_template=skipping
-    )
+    tokenizer = derived(tokenizer, skipping)
     with pytest.raises(DataError, match=r"message 1 \(system\) is not in the rendered chat"):
         Encoder(tokenizer, 500).encode(chat("a", "b", system="Be brief."))
 

@@ -150,7 +150,14 @@ class Encoder:
         spans = find_spans(Rendered(text, messages, marks, runs), self._render)
         trained = np.zeros(len(ids), dtype=np.bool_)
         for start, end in spans:
-            trained |= (starts >= start) & (starts < end)
+            inside = (starts >= start) & (starts < end)
+            if inside.sum() < 2:
+                raise RowError(
+                    "an answer that is one token with its prompt",
+                    f"the answer {text[start:end]!r} is one token with the text before it",
+                    hint="the chat template must separate the assistant's words from their prompt",
+                )
+            trained |= inside
         firsts = [start for start, _ in spans]
         return self._sample(row, ids, trained, _straddling(starts, ends, firsts))
 

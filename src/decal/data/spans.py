@@ -13,7 +13,8 @@ including the end-of-turn token. A span is looked for in this order:
    is a true prefix of this row's text, the turn begins where it ends: precisely where a model
    begins to speak at inference. Nothing is assumed: templates that strip earlier thinking, or that
    treat the last turn differently, fail the comparison and go on to 3.
-3. The turn's content, if it occurs once and only once after the previous assistant turn.
+3. The turn's content, if it occurs once and only once after the previous assistant turn. Spaces in
+   front of it belong to it, because tokenizers put a space and a word into one token.
 
 Otherwise the row is refused. The end of a turn is the first *mark* (an added or special token in
 the text) that follows the content after white space only. Where a template wraps the content (an
@@ -156,7 +157,7 @@ def _unique_span(row: Rendered, i: int, floor: int, content: str) -> Span:
         close = _mark_after(row, start + len(content))
         if close is None:
             raise _no_end(i, content)
-        return start, close
+        return len(row.text[:start].rstrip(" ")), close
     raise RowError(
         NOT_FOUND, f"message {i + 1} (assistant) {what}: {_quote(content)}", hint=HINT_NOT_FOUND
     )
