@@ -17,7 +17,7 @@ help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(STAMPS)/run  ## install and see it work, without downloads of models
-	$(BIN)/decal quickstart
+	$(BIN)/decal quickstart --force
 
 install: $(STAMPS)/dev  ## everything for working on decal, into .venv
 

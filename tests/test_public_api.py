@@ -11,7 +11,7 @@ import decal
 
 NAMES = """
     Adapter DecalError FullConfig LoraConfig QuantConfig RunConfig TrainConfig __version__ attach
-    detach disabled dump_run generate inspect load load_base load_run merge merge_in_place
+    detach disabled dump_run generate inspect load load_base load_run merge
     save_adapter train use
 """.split()  # noqa: SIM905 (a block of names reads better)
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from decal.model.inject import attach as attach
     from decal.model.inject import detach as detach
     from decal.model.inject import disabled as disabled
-    from decal.model.inject import merge_in_place as merge_in_place
     from decal.model.inject import use as use
     from decal.runfile import dump_run as dump_run
     from decal.runfile import load_run as load_run
@@ -53,7 +52,6 @@ _HOME = {
     "load_base": "decal.verbs.load",
     "load_run": "decal.runfile",
     "merge": "decal.verbs.merge",
-    "merge_in_place": "decal.model.inject",
     "save_adapter": "decal.verbs.load",
     "train": "decal.verbs.train",
     "use": "decal.model.inject",

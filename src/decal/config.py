@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import PurePath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -236,6 +236,10 @@ class RunConfig(Settings):
     """How it is trained."""
     output: Text
     """The run folder: settings, metrics, checkpoints and the adapter go there."""
+
+    if TYPE_CHECKING:  # the sections may be given as texts and mappings too
+
+        def __init__(self, **values: Any) -> None: ...
 
     @model_validator(mode="after")
     def _agree(self) -> RunConfig:

@@ -165,12 +165,22 @@ def test_compare(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == COMPARED
 
 
+FACTS = {"run": "q/run", "adapter": "q/run/adapter", "merged": "q/merged", "seconds": 41.5}
+
+
 def test_quickstart(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails when the folder is not handed on."""
-    called = verb("quickstart", {"accuracy_after": 0.875})
-    assert main(["quickstart", "q"]) == 0
-    assert called.args[0] == Path("q")
-    assert capsys.readouterr().out == "accuracy_after  0.875\n"
+    """Fails when the folder or --force is not handed on, or a path is shown for another."""
+    called = verb("quickstart", FACTS)
+    assert main(["quickstart", "--out", "q", "--force"]) == 0
+    assert called.args == (Path("q"),)
+    assert called.kwargs["force"] is True
+    out = capsys.readouterr().out
+    assert "adapter   q/run/adapter " in out
+    assert "merged    q/merged " in out
+    assert main(["quickstart", "--json"]) == 0
+    assert called.args == (Path("quickstart"),)
+    assert called.kwargs["force"] is False
+    assert json.loads(capsys.readouterr().out) == FACTS
 
 
 def test_init_writes_what_train_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
