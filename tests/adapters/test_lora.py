@@ -37,7 +37,7 @@ def key(rows: int = ROWS, epoch: int = 0) -> DropoutKey:
 
 
 def mask_of(lora: Lora, k: DropoutKey) -> Tensor:
-    return Dropout(k, lora.adapter_salt, lora.input_salt, lora.dropout).keep(IN)
+    return Dropout(k, lora.adapter_salt, lora.input_salt, lora.dropout).keep(torch.empty(0, IN))
 
 
 def formula(x: Tensor, base: nn.Linear, lora: Lora, keep: Tensor | None, factor: float) -> Tensor:
@@ -186,7 +186,7 @@ def test_rows_that_are_not_the_batchs_tokens_are_refused() -> None:
 
 def test_autocast_trains_like_bf16() -> None:
     """The base casts x under autocast; the update follows, forward and backward, with float32
-    gradients. Mutation: leave autocast on inside the function (dB is summed in bf16)."""
+    gradients. Mutation: compute in x's dtype instead of y_base's."""
     lora, base = make(), nn.Linear(IN, OUT)
     x = torch.randn(300, IN, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -200,6 +200,19 @@ def test_autocast_trains_like_bf16() -> None:
     plain = base.bfloat16(), x.detach().bfloat16()
     y = lora(plain[1], plain[0](plain[1]), base_view(plain[0]))
     assert torch.equal(gradients(y.float(), lora.B)[0], dB)
+
+
+def test_a_base_that_stays_float32_under_autocast_gets_a_float32_update() -> None:
+    """rtol 1e-5. Mutation: leave autocast on inside the function."""
+    lora, base = make(), nn.Linear(IN, OUT)
+    x = torch.randn(ROWS, IN, requires_grad=True)
+    y_base = base(x).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora(x, y_base, base_view(base))
+        got = gradients(y, x, lora.A, lora.B)
+    wanted = formula(x, base, lora, None, 1.0) - base(x) + base(x).detach()
+    torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, gradients(wanted, x, lora.A, lora.B), rtol=1e-4, atol=1e-4)
 
 
 def test_merged_is_what_forward_adds() -> None:

@@ -26,6 +26,8 @@ from decal.model.inject import (
     trainable_parameters,
     use,
 )
+from decal.quant.base import Recipe
+from decal.quant.linear import QuantLinear
 
 LLAMA = LlamaConfig(
     hidden_size=36,
@@ -124,6 +126,28 @@ def test_start_does_not_depend_on_the_other_targets() -> None:
     both = adapter_state(all_)
     for name, parts in adapter_state(few).items():
         assert torch.equal(parts.A, both[name].A)
+
+
+def test_projections_of_one_input_drop_the_same_features() -> None:
+    """Mutation: salt each layer with its own name, as one mask per projection (peft's way)."""
+    model = llama()
+    attach(model, ACTING, "a")
+    attach(model, ACTING, "b")
+    layers: dict[str, Any] = adapted_layers(model)
+    block = "model.layers.0."
+    inputs = {
+        n.removeprefix(block): layer.adapters["a"].input_salt
+        for n, layer in layers.items()
+        if n.startswith(block)
+    }
+    q, k, v, o, gate, up, down = inputs.values()
+    assert q == k == v
+    assert gate == up
+    assert len({q, o, gate, down}) == 4
+    first, other = layers[block + "mlp.up_proj"], layers["model.layers.1.mlp.up_proj"]
+    assert other.adapters["a"].input_salt != up
+    assert first.adapters["b"].input_salt == up
+    assert first.adapters["b"].adapter_salt != first.adapters["a"].adapter_salt
 
 
 def test_weighted_set_is_the_weighted_sum_of_deltas() -> None:
@@ -376,6 +400,27 @@ def test_quantized_layers_count_as_what_they_stand_for() -> None:
     attach(model, ACTING)
     assert trainable_parameters(model) == (3 * 24, 9 * 15 + 9 + 3 * 24)
     assert model(torch.randn(2, 15)).shape == (2, 9)
+
+
+def test_a_quantized_base_trains_and_comes_back() -> None:
+    """NF4 layers: counts, gradients, and the same bits after detach.
+
+    Mutation: let `base_view` take nn.Linear only (nothing but the head would be left to adapt).
+    """
+    model = llama().bfloat16()
+    plain = trainable_parameters(model)[1]
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            model.set_submodule(name, QuantLinear.from_linear(module, Recipe(format="nf4")))
+    reference = logits(model)
+    found = attach(model, ACTING)
+    assert len(found.names) == 14
+    assert trainable_parameters(model) == (found.parameters, plain + found.parameters)
+    assert not torch.equal(logits(model), reference)
+    model(IDS, labels=IDS, use_cache=False).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    detach(model)
+    assert torch.equal(logits(model), reference)
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")

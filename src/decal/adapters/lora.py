@@ -65,16 +65,16 @@ class Dropout(NamedTuple):
     input: int
     p: float
 
-    def keep(self, features: int) -> Tensor:
-        """bool [T, features], True with probability 1 - p."""
+    def keep(self, like: Tensor) -> Tensor:
+        """bool [T, features] for rows [T, features], True with probability 1 - p."""
         return ops.dropout_keep(
             self.key.seed,
             self.key.epoch,
             self.adapter,
             self.input,
-            self.key.sample_ids.reshape(-1),
-            self.key.positions.reshape(-1),
-            features,
+            self.key.sample_ids.reshape(-1).to(like.device),
+            self.key.positions.reshape(-1).to(like.device),
+            like.shape[-1],
             self.p,
         )
 
@@ -120,7 +120,7 @@ class _Update(torch.autograd.Function):
         with _exact(x.device):
             rows = x.reshape(-1, x.shape[-1])
             if dropout is not None:
-                rows = rows.where(dropout.keep(rows.shape[1]), rows.new_zeros(()))
+                rows = rows.where(dropout.keep(rows), rows.new_zeros(()))
             z = rows @ A.to(x.dtype).t()
             if dropout is not None:
                 z.mul_(1.0 / (1.0 - dropout.p))
@@ -148,7 +148,7 @@ class _Update(torch.autograd.Function):
             if need_A or need_x:
                 inv = 1.0 if dropout is None else 1.0 / (1.0 - dropout.p)
                 gz = (g @ B.to(x.dtype)).mul_(scale * inv)
-                keep = None if dropout is None else dropout.keep(x.shape[-1])
+                keep = None if dropout is None else dropout.keep(x)
                 if need_A:
                     rows = x.reshape(-1, x.shape[-1])
                     rows = rows if keep is None else rows.where(keep, rows.new_zeros(()))

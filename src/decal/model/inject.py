@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -301,8 +301,7 @@ def trainable_line(model: nn.Module) -> str:
 
 
 def _adapter(layer: AdaptedLayer, name: str) -> Adapter:
-    adapter: Any = layer.adapters[name]
-    return adapter  # type: ignore[no-any-return]
+    return cast(Adapter, layer.adapters[name])
 
 
 def _attached(model: nn.Module) -> _Attached | None:
