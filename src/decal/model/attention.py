@@ -18,12 +18,11 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -75,7 +74,7 @@ AttentionMaskInterface.register(NAME, _mask)
 
 
 @contextmanager
-def flat_attention(model: nn.Module) -> Iterator[None]:
+def flat_attention(model: PreTrainedModel) -> Iterator[None]:
     """Switches `model` to attention that honours `cu_seq_lens`, and back at the end."""
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
@@ -85,7 +84,7 @@ def flat_attention(model: nn.Module) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def forward(model: nn.Module, batch: Batch, keep: Tensor | None = None) -> Tensor:
+def forward(model: PreTrainedModel, batch: Batch, keep: Tensor | None = None) -> Tensor:
     """Logits of a micro-batch.
 
     Args:
@@ -107,7 +106,7 @@ def forward(model: nn.Module, batch: Batch, keep: Tensor | None = None) -> Tenso
     columns = row = None
     if keep is not None:
         columns, row = (keep % width).unique(), keep // width
-        if _keeps_logits(type(model)):
+        if _keeps_logits(model):
             kwargs["logits_to_keep"] = columns
     if batch.layout == "padded":
         logits = model(attention_mask=batch.attention, **kwargs).logits
@@ -128,12 +127,11 @@ def forward(model: nn.Module, batch: Batch, keep: Tensor | None = None) -> Tenso
     return logits[row, torch.searchsorted(columns, keep % width)]
 
 
-@cache
-def _keeps_logits(cls: type) -> bool:
-    return "logits_to_keep" in inspect.signature(cls.forward).parameters  # type: ignore[attr-defined]
+def _keeps_logits(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
-def leak(model: nn.Module) -> float:
+def leak(model: PreTrainedModel) -> float:
     """How far two samples in one flattened row move each other's logits.
 
     Compares the logits of two random samples flattened with those of the same samples alone, and
@@ -158,7 +156,7 @@ def leak(model: nn.Module) -> float:
     return float((together - apart).abs().max() / apart.abs().max())
 
 
-def flattens(model: nn.Module) -> bool:
+def flattens(model: PreTrainedModel) -> bool:
     """Whether flattened batches give `model` the logits that its samples have alone."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return leak(model) < {torch.float64: 1e-6, torch.float32: 1e-3}.get(dtype, 5e-2)

@@ -10,6 +10,8 @@ log, because a randomly initialized layer trains happily and is wrong.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from transformers.core_model_loading import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
+from decal.adapters import Lora
 from decal.errors import BaseModelError, nearest
 from decal.model.quantizer import DecalQuantizationConfig, quantizable_modules
 from decal.quant.base import Recipe
@@ -188,6 +191,27 @@ def name_map(model: PreTrainedModel, file_keys: list[str]) -> dict[str, str]:
             hint="mixture-of-experts files cannot be merged into yet",
         )
     return names
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model's own dropout is off; the adapters' is not touched.
+
+    A frozen base needs no regularization, and torch draws these masks per micro-batch, so that
+    the result of a training would depend on how its steps are cut.
+    """
+    found: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        for name in ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout", "dropout"):
+            value = getattr(module, name, None)
+            if isinstance(value, float) and not isinstance(module, Lora):
+                found.append((module, name, value))
+                setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in found:
+            setattr(module, name, value)
 
 
 def transposed_modules(model: nn.Module) -> set[str]:

@@ -78,11 +78,10 @@ class _PackWeight(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        model: nn.Module | None = None,
+        model: Any = None,
         missing_keys: set[str] | None = None,
         **_: Any,
     ) -> dict[str, torch.Tensor]:
-        assert model is not None
         recipe = self.quantizer.quantization_config.recipe
         for key, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
@@ -93,9 +92,8 @@ class _PackWeight(ConversionOps):
                 continue
             codes = quant_format(recipe.format).quantize(weight, recipe)
             packed = QuantLinear(codes, model.get_submodule(name).bias, weight.dtype)
-            packed._is_hf_initialized = True
-            for parameter in packed.parameters():
-                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+            for loaded in (packed, *packed.parameters()):  # or transformers would fill them anew
+                loaded._is_hf_initialized = True  # type: ignore[union-attr,assignment]
             packed.train(model.training)
             model.set_submodule(name, packed)
             if missing_keys is not None:

@@ -19,8 +19,10 @@ def table(
     """
     drawn = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for i, name in enumerate(header):
-        justify = "right" if i and wrap is None else "left"
-        drawn.add_column(name, justify=justify, max_width=wrap, no_wrap=wrap is None)
+        right = i > 0 and wrap is None
+        drawn.add_column(
+            name, justify="right" if right else "left", max_width=wrap, no_wrap=wrap is None
+        )
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
     return drawn

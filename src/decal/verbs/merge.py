@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from decal.adapters.base import LowRank
@@ -19,7 +18,7 @@ from decal.quant import quant_format
 from decal.quant.base import Recipe
 from decal.quant.identity import combine, digest
 from decal.store.base import open_base
-from decal.verbs.load import as_recipe, base_fingerprint, recorded_quant
+from decal.verbs.load import as_dtype, base_fingerprint, recorded_quant
 from decal.verbs.target import BASE, QUANTIZER, base_of, metadata_json, read
 from decal.weights.delta import Deltas, FileDelta
 from decal.weights.merge import MergeDtype, MergeReport, merge_files
@@ -63,8 +62,13 @@ class _AsTrained:
     then still in its temporary folder.
     """
 
-    def __init__(self, adapter: Adapter, recipe: Recipe, dtype: torch.dtype, base: str):
-        self._adapter, self._recipe, self._dtype, self._base = adapter, recipe, dtype, base
+    def __init__(self, adapter: Adapter, base: str):
+        recorded = metadata_json(adapter, QUANTIZER) or {}
+        quant = recorded_quant(recorded)
+        self._adapter, self._base = adapter, base
+        self._identity = recorded.get("identity")
+        self._recipe = Recipe(format=quant.format, block_size=quant.block_size, double=quant.double)
+        self._dtype = as_dtype(recorded.get("dtype", "bfloat16"))
         self._waiting: set[str] = set()
         self._digests: dict[str, str] = {}
 
@@ -85,7 +89,7 @@ class _AsTrained:
         return convert
 
     def _check(self) -> None:
-        wanted = (metadata_json(self._adapter, QUANTIZER) or {}).get("identity")
+        wanted = self._identity
         if wanted and combine(self._digests) != wanted:
             raise AdapterError(
                 f"base `{self._base}` is not the one that adapter `{self._adapter.source}` was"
@@ -123,26 +127,16 @@ def merge(
     """
     _, loaded = read(adapter)
     path, revision = base_of(loaded, base)
-    recorded = metadata_json(loaded, QUANTIZER)
-    if onto == "trained" and recorded is None:
-        raise ConfigError(
-            f"adapter `{adapter}` does not record a quantized base, so there is nothing but the"
-            " original to merge onto",
-            hint="leave --onto out",
-        )
-    if onto is None:
-        onto = "trained" if recorded else "original"
+    onto = _onto(loaded, onto)
     files = open_base(hf.local_folder(path, revision))
-    if onto == "original" or recorded is None:
+    if onto == "original":
         _check_fingerprint(loaded, path, revision)
     skeleton = hf.skeleton(path, revision=revision)
     keys = {name: key for key, name in hf.name_map(skeleton, sorted(files.tensors)).items()}
     transposed = hf.transposed_modules(skeleton)
-
     converters: dict[str, Callable[[Tensor], Tensor]] = {}
-    recipe = as_recipe(recorded_quant(recorded))
-    if onto == "trained" and recorded is not None and recipe is not None:
-        as_trained = _AsTrained(loaded, recipe, hf.DTYPES[recorded["dtype"]], path)
+    if onto == "trained":
+        as_trained = _AsTrained(loaded, path)
         for module in quantizable_modules(skeleton):
             key = keys.get(f"{module}.weight", f"{module}.weight")
             converters[key] = as_trained.converter(module, module in transposed)
@@ -157,6 +151,17 @@ def merge(
         observe=observe,
     )
     return Merged(base=path, adapter=str(adapter), onto=onto, report=report)
+
+
+def _onto(adapter: Adapter, asked: Onto | None) -> Onto:
+    quantized = metadata_json(adapter, QUANTIZER) is not None
+    if asked == "trained" and not quantized:
+        raise ConfigError(
+            f"adapter `{adapter.source}` does not record a quantized base, so there is nothing but"
+            " the original to merge onto",
+            hint="leave --onto out",
+        )
+    return asked or ("trained" if quantized else "original")
 
 
 def _deltas(

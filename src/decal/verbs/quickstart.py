@@ -27,7 +27,7 @@ from decal.verbs.load import load
 from decal.verbs.merge import merge
 from decal.verbs.session import Session, prepare
 from decal.verbs.text import complete, exact_match
-from decal.verbs.train import train
+from decal.verbs.train import RunResult, train
 
 HELD_OUT = 500
 STEPS = 150
@@ -97,31 +97,32 @@ def quickstart(
         base_says = _predict(session.model, session.tokenizer, test)
     adapter_says = _predict(session.model, session.tokenizer, test)
 
-    show.stage("5. load the saved adapter into a newly loaded base")
-    model, tokenizer = load(done.run)
-    reloaded_says = _predict(model, tokenizer, test)
-    _agree("the reloaded adapter", reloaded_says, adapter_says, 1.0)
+    says = _again(show, done.run, out, test, force)
+    _agree("the reloaded adapter", says["reloaded"], adapter_says, 1.0)
+    _agree("the merged model", says["merged"], adapter_says, AGREEMENT)
+    says = {"base": base_says, "adapter": adapter_says, **says}
+    expected = [row.queue for row in test]
+    scores = {name: exact_match(said, expected) for name, said in says.items()}
+    _show_end(show, scores, test, says)
+    return _facts(done, scores, out / "merged", time.perf_counter() - show.started)
 
-    show.stage("6. merge, and load the result with plain transformers")
-    merged = merge(None, done.run, out / "merged", force=force)
-    report = merged.report
-    say(
+
+def _again(
+    show: _Show, run: Path, out: Path, test: Sequence[demo.TicketRow], force: bool
+) -> dict[str, list[str]]:
+    """Predictions of what was saved: the adapter on a new base, and the merged model."""
+    show.stage("5. load the saved adapter into a newly loaded base, score it")
+    model, tokenizer = load(run)
+    reloaded = _predict(model, tokenizer, test)
+    show.stage("6. merge, load the result with plain transformers, score it")
+    report = merge(None, run, out / "merged", force=force).report
+    show.say(
         f"{report.targeted} tensors merged, {report.dequantized} dequantized,"
         f" {report.untouched} untouched"
     )
     plain = AutoModelForCausalLM.from_pretrained(out / "merged", dtype="auto")
-    merged_says = _predict(plain, AutoTokenizer.from_pretrained(out / "merged"), test)
-    _agree("the merged model", merged_says, adapter_says, AGREEMENT)
-
-    expected = [row.queue for row in test]
-    scores = {
-        "base": exact_match(base_says, expected),
-        "adapter": exact_match(adapter_says, expected),
-        "reloaded": exact_match(reloaded_says, expected),
-        "merged": exact_match(merged_says, expected),
-    }
-    _show_end(show, scores, test, (base_says, adapter_says, merged_says))
-    return _facts(done, scores, merged, time.perf_counter() - show.started)
+    merged = _predict(plain, AutoTokenizer.from_pretrained(out / "merged"), test)
+    return {"reloaded": reloaded, "merged": merged}
 
 
 def _settings(out: Path) -> RunConfig:
@@ -197,21 +198,23 @@ def _show_end(
     show: _Show,
     scores: dict[str, float],
     test: Sequence[demo.TicketRow],
-    says: tuple[list[str], list[str], list[str]],
+    says: dict[str, list[str]],
 ) -> None:
     show.stage("7. what came of it")
     rows = [(name, f"{score:.1%}") for name, score in scores.items()]
     show.say(table(("model", "right queue"), rows))
-    base, adapter, merged = says
+    shown = ("base", "adapter", "merged")
     cells = [
-        (row.prompt.partition("\n")[2], row.queue, base[i], adapter[i], merged[i])
+        (row.prompt.partition("\n")[2], row.queue, *(says[name][i] for name in shown))
         for i, row in enumerate(test[:SHOWN])
     ]
-    show.say(table(("ticket", "queue", "base", "adapter", "merged"), cells, wrap=38))
+    show.say(table(("ticket", "queue", *shown), cells, wrap=38))
 
 
-def _facts(done: Any, scores: dict[str, float], merged: Any, seconds: float) -> dict[str, Any]:
-    session: Session = done.session
+def _facts(
+    done: RunResult, scores: dict[str, float], merged: Path, seconds: float
+) -> dict[str, Any]:
+    session = done.session
     base_total = done.total_params - done.trainable_params
     stored = weight_bytes(session.model) - 4 * done.trainable_params
     return {
@@ -227,5 +230,5 @@ def _facts(done: Any, scores: dict[str, float], merged: Any, seconds: float) -> 
         "seconds": seconds,
         "run": str(done.run),
         "adapter": str(done.weights),
-        "merged": str(merged.report.out),
+        "merged": str(merged),
     }

@@ -21,7 +21,7 @@ from decal.data.sample import Sample
 from decal.data.source import read_rows, split_eval
 from decal.data.stats import summarize
 from decal.errors import DataError
-from decal.model import attention
+from decal.model import attention, hf
 from decal.model.inject import attach, trainable_line
 from decal.model.size import bits_per_weight
 from decal.objectives import OBJECTIVES
@@ -57,6 +57,9 @@ class Session:
         `epoch` None is evaluation: no dropout.
         """
         objective = OBJECTIVES[self.config.objective]
+        learning = epoch is not None
+        if self.model.training != learning:
+            self.model.train(learning)
         batch = batch.to(self.model.device)
         with routed(self._routing(batch, epoch)):
             keep = objective.trained_positions(batch)
@@ -79,8 +82,9 @@ class Session:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """The model as the loop needs it: training mode, attention, checkpointing; and back."""
+        """The model as the loop needs it: no dropout of its own, attention, checkpointing."""
         with ExitStack() as stack:
+            stack.enter_context(hf.without_dropout(self.model))
             if self.flat:
                 stack.enter_context(attention.flat_attention(self.model))
             if self.config.train.gradient_checkpointing:

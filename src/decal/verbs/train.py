@@ -111,13 +111,7 @@ def train(
 
 
 def _refuse_contradictions(config: RunConfig) -> None:
-    if isinstance(config.adapter, FullConfig) and config.quant.format != "none":
-        raise ConfigError(
-            f"full fine-tuning of a base in {config.quant.format}:"
-            " quantized weights cannot be trained",
-            hint="set `quant: none`, or `adapter.method: lora`",
-        )
-    if config.train.keep == "best" and config.data.eval is None and config.train.eval_every:
+    if config.data.eval is None and config.train.eval_every:
         raise ConfigError(
             "`train.eval_every` is set, but `data.eval` is null: there is nothing to evaluate on",
             hint="set `data.eval: 0.05`, or leave `train.eval_every` out",
@@ -160,7 +154,7 @@ def _job(session: Session, run: RunFolder, observe: Callable[[Event], None], res
         settings=session.config.train,
         run=run,
         observe=observe,
-        scale_loss=session.config.base.dtype == "float16" and torch.cuda.is_available(),
+        scale_loss=session.config.base.dtype == "float16",
         resume=resume,
     )
 
