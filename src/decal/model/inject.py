@@ -431,14 +431,16 @@ def _check_attached(model: nn.Module, name: str, found: TargetTable) -> None:
     """Looks again: exactly the modules asked for carry the adapter, trainable and in float32."""
     state = adapter_state(model, name)
     parameters = [p for parts in state.values() for p in parts[:2]]
+    count = sum(p.numel() for p in parameters)
     if (
         tuple(state) != found.names
-        or sum(p.numel() for p in parameters) != found.parameters
+        or count != found.parameters
         or not all(p.requires_grad and p.dtype == torch.float32 for p in parameters)
     ):
         left = [n for n in found.names if n not in state]
         raise AdapterError(
-            f"adapter `{name}` reached {len(state)} of {len(found.names)} target modules",
+            f"adapter `{name}` reached {len(state)} of {len(found.names)} target modules, "
+            f"with {count:,} of {found.parameters:,} parameters",
             details=left[:1],
             hint="the model builds or shares its modules in a way decal does not understand",
         )
