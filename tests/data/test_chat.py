@@ -272,6 +272,8 @@ def test_truncation_is_counted(make_tokenizer: Make) -> None:
     assert cut.truncated == len(whole) - (last - 1)
     assert cut.lost == 2
     assert not cut.ended
+    without_end = Encoder(tokenizer, last).encode(row)
+    assert (without_end.lost, without_end.ended) == (1, False)
     exact = Encoder(tokenizer, last + 1).encode(row)
     assert (exact.truncated, exact.lost, exact.ended) == (len(whole) - last - 1, 0, True)
 
