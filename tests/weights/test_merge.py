@@ -224,6 +224,23 @@ def test_a_tied_head_is_untied_only_if_it_must(tmp_path: Path) -> None:
         merge_files(base, tmp_path / "x", _deltas(), tied={"head.weight": "gone"})
 
 
+def test_a_stale_copy_of_a_tied_head_is_not_what_the_delta_goes_onto(tmp_path: Path) -> None:
+    """A tied model computes with the embedding, whatever its file holds for the head. Fails if the
+    delta is added to the head's own stored tensor."""
+    before = _base(tmp_path / "base", tie_word_embeddings=True)
+    file = tmp_path / "base" / SHARDS[1]
+    save_file({**load_file(file), "head.weight": torch.zeros(17, 9).bfloat16()}, file)
+    base, head = open_base(tmp_path / "base"), _delta(17, 9)
+    merge_files(
+        base,
+        tmp_path / "out",
+        Deltas({"head.weight": head}),
+        tied={"head.weight": "embed.weight"},
+    )
+    expected = (before["embed.weight"].float() + _update(head)).bfloat16()
+    assert torch.equal(load_file(tmp_path / "out" / SHARDS[1])["head.weight"], expected)
+
+
 def test_deltas_that_do_not_fit(tmp_path: Path) -> None:
     _base(tmp_path / "base")
     deltas = Deltas(
