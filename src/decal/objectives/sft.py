@@ -10,9 +10,9 @@ step, so that micro-batches weigh as much as they hold.
 Memory decides how this is written. With 4,096 trained tokens and 152,000 words, logits are 1.2 GB
 in bf16; a plain `cross_entropy` on fp32 copies makes three more tensors of twice that size. Here
 logits exist at trained positions only (`trained_positions`), fp32 values live for one chunk of
-tokens at a time, forward keeps two numbers per token (the highest logit, and the log of the sum of
-exponentials relative to it: their sum alone would lose the small losses of large logits), and
-backward writes the gradient over the logits. So the peak is the logits once, in their own dtype.
+tokens at a time, forward keeps nothing, and backward recomputes the softmax chunk by chunk and
+writes the gradient over the logits. So the peak is the logits once, in their own dtype, and the two
+fused softmax kernels read them twice in all.
 
 The price: logits are consumed by backward. Whoever else needs them for its own backward gets
 autograd's in-place error, not a wrong gradient. Leaf tensors are left alone, and get a copy.
@@ -31,8 +31,8 @@ from torch import Tensor
 from decal.data.batch import IGNORE, Batch
 from decal.errors import DataError
 
-CHUNK_ELEMENTS = {"cpu": 2**21, "other": 2**25}
-"""Logits per chunk: 8 MB of fp32 stay near the CPU's caches, 128 MB keep a GPU busy."""
+CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**25}
+"""Logits per chunk: 16 MB of fp32 suit a CPU's caches and allocator, 128 MB keep a GPU busy."""
 
 
 def trained_positions(batch: Batch) -> Tensor:
@@ -82,7 +82,7 @@ def loss_per_sample(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     targets = batch.targets.to(logits.device)
     chosen = targets != IGNORE
-    losses, _, _ = _token_losses(logits, targets[chosen])
+    losses = _token_losses(logits, targets[chosen])
     row, column = chosen.nonzero(as_tuple=True)
     if batch.cu_seq_lens is not None:
         ends = batch.cu_seq_lens[1:].to(logits.device, torch.int64)
@@ -94,39 +94,32 @@ def loss_per_sample(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        losses, highest, log_sum = _token_losses(logits, targets)
-        ctx.save_for_backward(logits, targets, highest, log_sum)
+        ctx.save_for_backward(logits, targets)
         ctx.may_overwrite = not logits.is_leaf
-        return losses.sum()
+        return _token_losses(logits, targets).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        logits, targets, highest, log_sum = ctx.saved_tensors
+        logits, targets = ctx.saved_tensors
         gradient = logits if ctx.may_overwrite else torch.empty_like(logits)
         weight = upstream * (targets != IGNORE)
+        minus_one = weight.new_full((logits.shape[0], 1), -1.0)
         for part in _chunks(logits):
-            z = logits[part].to(log_sum.dtype, copy=True)
-            z.sub_(highest[part, None]).sub_(log_sum[part, None]).exp_()
-            one = z.new_full((1, 1), -1.0).expand(z.shape[0], 1)
-            z.scatter_add_(1, targets[part, None].clamp(min=0), one)
-            gradient[part] = z.mul_(weight[part, None])
+            p = torch.softmax(logits[part], 1, dtype=weight.dtype)
+            p.scatter_add_(1, targets[part, None].clamp(min=0), minus_one[part])
+            torch.mul(p, weight[part, None], out=gradient[part])
         return gradient, None
 
 
-def _token_losses(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, highest logit m, and log sum exp(z - m) of every token, [N] each, in fp32 (or fp64)."""
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Loss of every token, [N] in fp32 (or fp64)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    losses, highest, log_sum = torch.empty(3, len(logits), dtype=dtype, device=logits.device)
-    index = targets.clamp(min=0)[:, None]
+    losses = torch.empty(logits.shape[0], dtype=dtype, device=logits.device)
     for part in _chunks(logits):
-        z = logits[part].to(dtype, copy=True)
-        highest[part] = z.amax(1)
-        z.sub_(highest[part, None])
-        losses[part] = z.gather(1, index[part]).squeeze(1).neg_()
-        log_sum[part] = z.exp_().sum(1).log_()
-    losses.add_(log_sum).masked_fill_(targets == IGNORE, 0.0)
-    return losses, highest, log_sum
+        log_p = torch.log_softmax(logits[part], 1, dtype=dtype)
+        losses[part] = -log_p.gather(1, targets[part, None].clamp(min=0)).squeeze(1)
+    return losses.masked_fill_(targets == IGNORE, 0.0)
 
 
 def _chunks(logits: Tensor) -> list[slice]:
