@@ -73,18 +73,21 @@ def test_equals_the_written_out_softmax(lengths: list[int], variant: dict[str, o
         assert torch.allclose(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-def test_bfloat16_keeps_a_float32_softmax(variant: dict[str, object]) -> None:
-    """Within two roundings of the result to 8 bits of mantissa. Fails if scores or shares are
-    rounded to bfloat16 between the two products."""
-    leaves, edges, extra = case(LENGTHS["mixed"], variant)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_bfloat16_keeps_a_float32_softmax(name: str) -> None:
+    """Written out, only the result is rounded, by at most 2^-8 of it. torch's fused attention also
+    rounds shares: as much again of the largest value. Fails if scores or shares of the written-out
+    softmax are bfloat16."""
+    leaves, edges, extra = case(LENGTHS["mixed"], VARIANTS[name])
     leaves = [x.detach().bfloat16() for x in leaves]
     extra = {k: x.detach() if isinstance(x, Tensor) else x for k, x in extra.items()}
     ours = ops.attention_flat(*leaves, torch.tensor(edges), 0.3, **extra)  # type: ignore[arg-type]
     theirs = written_out(*(x.double() for x in leaves), edges, 0.3, **extra)
     assert ours.dtype == torch.bfloat16
-    largest = max(x.abs().max().item() for x in leaves)
-    assert (ours.double() - theirs).abs().max().item() <= 2 * 2**-9 * largest
+    bound = 2**-8 * theirs.abs() + 1e-5
+    if name in ("plain", "wide window"):
+        bound = bound + 2**-8 * leaves[2].abs().max().double()
+    assert bool(((ours.double() - theirs).abs() <= bound).all())
 
 
 def test_chunks_of_sequences_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from decal.kernels import ops
+from decal.kernels.reference_dropout import row_words
 
 T, F = 1024, 1024
 IDS = torch.arange(T) // 48
@@ -67,8 +68,8 @@ def test_the_share_is_right_everywhere(p: float) -> None:
 
 @pytest.mark.parametrize("side", [0, 1], ids=["features", "rows"])
 def test_pairs_are_uncorrelated(side: int) -> None:
-    """All pairs of features over rows, and of rows over features. Fails without the xor-shift
-    (x = (a + c) * m is linear), or with one multiplier for all rows and no shift."""
+    """All pairs of features over rows, and of rows over features. Fails with one multiplier for
+    all rows and no shift."""
     x = normal(keep(0.5), 0.5)
     x = x.T if side == 0 else x
     gram = (x @ x.T) / math.sqrt(x.shape[1])
@@ -79,7 +80,8 @@ def test_pairs_are_uncorrelated(side: int) -> None:
 
 def test_rare_drops_coincide_no_more_than_chance() -> None:
     """At p = 0.05 the number of features dropped in both of two rows is Poisson with mean 2.56; its
-    variance over all pairs must be that of independent bits. Fails without the xor-shift."""
+    variance over all pairs must be that of independent bits. Fails with one multiplier for all
+    rows and no shift."""
     dropped = (~keep(0.05)).float()
     both = (dropped @ dropped.T)[torch.triu_indices(T, T, 1).unbind()]
     mean = F * 0.05**2
@@ -112,10 +114,26 @@ def test_each_counter_gives_new_bits(what: str) -> None:
 
 def test_squares_of_bits_are_independent() -> None:
     """Four bits at the corners of a rectangle: where rows and features mix only by addition, their
-    parities agree. Fails without the xor-shift."""
+    parities agree. Fails with one multiplier for all rows and no shift."""
     x = normal(keep(0.5), 0.5)
     for lag in (1, 2, 48, 512):
         rows = x[lag:] * x[:-lag]
         for apart in (1, 2, 512):
             corners = rows[:, apart:] * rows[:, :-apart]
             assert abs(corners.mean().item()) * math.sqrt(corners.numel()) < 4.5
+
+
+def test_rows_with_equal_multipliers_do_not_repeat_each_other() -> None:
+    """Among 2^18 rows some sixteen pairs share the second stage's multiplier. Fails without the
+    xor-shift: the bits of such a pair would be each other's, shifted."""
+    positions = torch.arange(1 << 18)
+    ids = torch.zeros_like(positions)
+    multipliers = (row_words((3, 77, -5, 1), ids, positions) >> 32) | 1
+    ordered, at = multipliers.sort()
+    twin = (ordered[1:] == ordered[:-1]).nonzero().view(-1)
+    assert twin.numel() >= 4
+    first, second = (
+        normal(keep(0.5, 4096, sample_ids=ids[rows], positions=positions[rows]), 0.5)
+        for rows in (at[twin], at[twin + 1])
+    )
+    assert (first * second).mean(1).abs().max().item() * math.sqrt(4096) < 5

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from decal.errors import QuantError
+from decal.kernels import ops, reference_quant
 from decal.quant import Recipe
 from decal.quant.linear import QuantLinear
 
@@ -128,16 +129,23 @@ def test_under_gradient_checkpointing(reentrant: bool) -> None:
     assert torch.equal(x.grad, plain)
 
 
-def test_autocast_computes_in_its_dtype() -> None:
-    """As nn.Linear does. Fails if float32 inputs stay float32 under autocast, or the gradient comes
-    back in another dtype than x."""
+def test_autocast_computes_in_its_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As nn.Linear does. Fails if the weight is dequantized to float32 for float32 inputs and only
+    then cast, or the gradient comes back in another dtype than x."""
+    dtypes = []
+
+    def spy(*args: object) -> Tensor:
+        dtypes.append(args[-1])
+        return reference_quant.dequantize_4bit(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(ops.BACKENDS, "dequantize_4bit", {"spy": spy})
     module, x = layer(), torch.randn(3, 77, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = module(x)
     y.float().sum().backward()
-    assert y.dtype == torch.bfloat16
+    assert dtypes == [torch.bfloat16, torch.bfloat16]
     assert torch.equal(y, module(x.bfloat16()))
-    assert x.grad.dtype == torch.float32
+    assert (y.dtype, x.grad.dtype) == (torch.bfloat16, torch.float32)
 
 
 CASTS: dict[str, tuple[Callable[[QuantLinear], QuantLinear], torch.dtype]] = {

@@ -16,10 +16,11 @@ H in two stages, since only the second runs over all T * F elements:
    where x, signed, is at least round(p * 2**32) - 2**31.
 
 The shift is arithmetic, torch's only one for signed integers: it costs one bit of state, never a
-visible one, because the product with m fills the top again. Four passes and a comparison are
-vectorized on a CPU. A stronger finalizer (two more shifts and products) shows no difference in
-any of the tests and takes twice the time; torch's own Bernoulli would need a stored mask and gives
-other bits on other devices.
+visible one, because the product with m fills the top again. Without it x would be linear in c: two
+rows whose multipliers are equal, or small multiples of each other, would repeat each other's bits,
+shifted. Such pairs are rare, and the only thing that the two passes buy. All passes are vectorized
+on a CPU and outrun torch's Bernoulli, which would also need its mask stored and gives other bits on
+other devices.
 """
 
 from __future__ import annotations
@@ -57,6 +58,15 @@ def _chained(words: Tensor, counter: Tensor) -> Tensor:
     return _mix(words * _signed(_GOLDEN) + counter + 1)
 
 
+def row_words(call: tuple[int, ...], sample_ids: Tensor, positions: Tensor) -> Tensor:
+    """int64 [T]: the first stage. Low half: the offset a; high half, made odd: the multiplier m."""
+    scalar = 0
+    for counter in call:
+        scalar = _mix_int((scalar * _GOLDEN + counter + 1) & _WORD)
+    start = sample_ids.new_full((), _signed(scalar))
+    return _chained(_chained(start, sample_ids), positions)
+
+
 def dropout_keep(
     seed: int,
     epoch: int,
@@ -79,11 +89,7 @@ def dropout_keep(
     Returns:
         bool [T, F].
     """
-    scalar = 0
-    for counter in (seed, adapter, input, epoch):
-        scalar = _mix_int((scalar * _GOLDEN + counter + 1) & _WORD)
-    start = sample_ids.new_full((), _signed(scalar))
-    rows = _chained(_chained(start, sample_ids), positions)
+    rows = row_words((seed, adapter, input, epoch), sample_ids, positions)
     offset = rows.to(torch.int32)[:, None]
     factor = ((rows >> 32) | 1).to(torch.int32)[:, None]
     column = _mix(torch.arange(1, features + 1, device=rows.device) * _signed(_GOLDEN))
