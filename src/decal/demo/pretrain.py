@@ -13,8 +13,9 @@ model class and the documents' shape, and does not know the routing task.
     loss      counts an assistant's tokens, and a tenth of the rest, drawn at random: what is to be
               learned is the answers, while a ticket's own words are random draws
     attention eager: at these lengths its bf16 backward takes half of the time of torch's fused one
-    schedule  a fixed number of steps, linear warm-up, then a cosine to a tenth of the rate; tickets
-              with a second mention come in slowly, over the first `EASY_POOLS` pools
+    schedule  two parts, each a fixed number of steps with linear warm-up and a cosine to a tenth of
+              the rate. In the first, tickets with a second mention come in slowly, over
+              `EASY_POOLS` pools; the second adds the house rules (skills.py)
 
 Packing documents into full windows was rejected: it saves the padding (about 5 %), but the model
 then hardly sees a document at position 0, which is where every ticket of the task starts.
@@ -130,12 +131,12 @@ def to_batch(
     return Batch(ids, answers, targets)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int, rules: bool) -> Iterator[Batch]:
     """Endless batches: pools of documents, sorted by length, cut by tokens, in random order."""
-    rng = random.Random(f"documents {seed}")
+    rng = random.Random(f"documents {seed}" + (" rules" if rules else ""))
     for number in count():
-        hard = min(1.0, number / EASY_POOLS)
-        pool = [doc for _ in range(POOL) for doc in draw_documents(rng, "train", hard)]
+        hard = 1.0 if rules else min(1.0, number / EASY_POOLS)
+        pool = [doc for _ in range(POOL) for doc in draw_documents(rng, "train", hard, rules)]
         encoded = tokenizer.backend_tokenizer.encode_batch([render(document) for document in pool])
         ready: list[list[list[int]]] = [[]]
         for tokens in sorted((encoding.ids for encoding in encoded), key=len):
@@ -190,7 +191,8 @@ class Masters:
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.model = model.bfloat16()
         self.weights: list[torch.Tensor] = []
-        matrices, others = [], []
+        matrices: list[torch.Tensor] = []
+        others: list[torch.Tensor] = []
         for name, parameter in model.named_parameters():
             master = parameter.detach().float().requires_grad_()
             self.weights.append(master)
@@ -236,7 +238,9 @@ def skill_accuracy(
     end = int(tokenizer.eos_token_id)
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    documents = [d for _ in range(draws) for d in draw_documents(rng, "test") if d.turns]
+    documents = [
+        d for _ in range(draws) for d in draw_documents(rng, "test", rules=True) if d.turns
+    ]
     for document in documents:
         ids = tokenizer.encode(render(document), add_special_tokens=False)
         best = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].argmax(-1).tolist()
@@ -255,44 +259,66 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     tokenizer.save_pretrained(folder)
 
 
-def pretrain(out: Path, steps: int, seed: int, save_every: int) -> None:
-    """Train for `steps` steps; write a log, checkpoints and the skills reached to `out`."""
+def pretrain(out: Path, part: Phase, model: LlamaForCausalLM, tokenizer: Any, seed: int) -> None:
+    """Train one part's steps; write a log, checkpoints and the skills reached to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    tokenizer = build_tokenizer(seed)
-    model = build_model(tokenizer, seed)
     masters = Masters(model)
-    stream = batches(tokenizer, seed)
+    stream = batches(tokenizer, seed, part.rules)
     started, tokens, recent = time.time(), 0, deque[float](maxlen=50)
     with (out / "log.jsonl").open("w") as log, ThreadPoolExecutor(WORKERS) as pool:
-        for step in range(1, steps + 1):
+        for step in range(1, part.steps + 1):
             work = list(islice(stream, WORKERS))
             parts = list(pool.map(batch_part, [model] * WORKERS, work))
-            masters.step(parts, rate_at(step, steps), pool)
+            masters.step(parts, part.rate * rate_at(step, part.steps), pool)
             tokens += sum(int((batch.ids != tokenizer.pad_token_id).sum()) for batch in work)
             recent.append(sum(p.answer_loss for p in parts) / sum(p.answers for p in parts))
-            if step % 50 and step != steps:
+            if step % 50 and step != part.steps:
                 continue
             record: dict[str, Any] = {
                 "step": step,
                 "answer_loss": round(sum(recent) / len(recent), 4),
             }
             record |= {"tokens": tokens, "seconds": round(time.time() - started, 1)}
-            if step % save_every == 0 or step == steps:
+            if step % part.save_every == 0 or step == part.steps:
                 save(model, tokenizer, out / "latest")
                 record["skills"] = skill_accuracy(model, tokenizer)
             print(json.dumps(record), file=log, flush=True)
             print(json.dumps(record), flush=True)
 
 
+@dataclass(frozen=True)
+class Phase:
+    """One part of the training."""
+
+    steps: int
+    rules: bool
+    rate: float
+    """Of the peak rates."""
+    save_every: int
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for log and checkpoints")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2500, help="of the first part")
+    parser.add_argument("--rule-steps", type=int, default=1000, help="of the second part")
+    parser.add_argument("--start", type=Path, help="a finished first part; only the second is run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-every", type=int, default=500)
     options = parser.parse_args()
-    pretrain(options.out, options.steps, options.seed, options.save_every)
+    first = options.start or options.out / "skills" / "latest"
+    if options.start is None:
+        tokenizer = build_tokenizer(options.seed)
+        skills = Phase(options.steps, False, 1.0, options.save_every)
+        model = build_model(tokenizer, options.seed)
+        pretrain(options.out / "skills", skills, model, tokenizer, options.seed)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(first)
+    model = LlamaForCausalLM.from_pretrained(
+        first, dtype=torch.float32, attn_implementation="eager"
+    )
+    rules = Phase(options.rule_steps, True, 0.5, options.save_every)
+    pretrain(options.out / "rules", rules, model, tokenizer, options.seed)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,10 @@ Why the first turn is often a bare ticket: the reply then begins with the device
 problem, at random. A model that predicts this well holds both at the position where an answer
 starts, which is what fine-tuning reads. Asking one fixed question there would leave the other fact
 to be found later.
+
+House rules: a desk has tables that are looked up by device type and problem together (which form,
+which shelf, who signs, how soon). Four such tables, with labels of their own, are taught last. They
+say nothing about queues, but a model that answers them holds the combination, not only the parts.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from decal.demo.language import DISTRACTORS, FAMILIES, QUEUES
 from decal.demo.tickets import (
@@ -120,7 +125,32 @@ def rewrite(ticket: Ticket, rng: random.Random) -> Turn:
     return ask(skill, rng, answer)
 
 
+def rule_table(rule: str) -> dict[tuple[str, str], str]:
+    """(family, kind) -> label of one house rule: a fixed draw in which labels are about even."""
+    labels = RULES[rule]
+    cells = [(family, kind) for family in FAMILIES for kind in KINDS]
+    drawn = [labels[i % len(labels)] for i in range(len(cells))]
+    random.Random(f"rule {rule}").shuffle(drawn)
+    return dict(zip(cells, drawn, strict=True))
+
+
+def rule(name: str, ticket: Ticket, rng: random.Random) -> Turn:
+    return ask(name, rng, RULE_TABLES[name][ticket.main.family, str(ticket.main.kind)])
+
+
+RULES: dict[str, tuple[str, ...]] = {
+    "form": ("A", "B", "C", "D", "E", "F", "G", "H"),
+    "shelf": tuple(f"shelf {n}" for n in ("one", "two", "three", "four", "five", "six")),
+    "signer": ("Anna", "Ben", "Mara", "Tom", "Rita", "Paul", "Nora", "Otto", "Lena", "Max"),
+    "speed": ("today", "Monday", "in a week", "in a month"),
+}
+RULE_TABLES = {name: rule_table(name) for name in RULES}
+
 WORDINGS: dict[str, tuple[str, ...]] = {
+    "form": ("Which form is needed?", "Name the form.", "Form?"),
+    "shelf": ("Where is the guide?", "Which shelf has the guide?", "Shelf?"),
+    "signer": ("Who signs?", "Who has to sign the answer?", "Name who signs."),
+    "speed": ("How soon must we answer?", "When is the answer due?", "Due?"),
     "product": (
         "Which product is it about?",
         "Name the product with the trouble.",
@@ -237,6 +267,9 @@ SKILLS: tuple[tuple[int, Callable[[Ticket, random.Random], Turn]], ...] = (
 )
 """Weight and maker of each question about a ticket."""
 
+RULE_SKILLS = tuple((5, partial(rule, name)) for name in RULES)
+"""The house rules, taught after the others."""
+
 HEADERS = (
     "New ticket:",
     "Ticket:",
@@ -250,21 +283,29 @@ HEADERS = (
 )
 
 
-def bare_turn(ticket: Ticket, rng: random.Random) -> Turn:
-    """The ticket without a question; the reply is the device type and the problem, in any order."""
+def bare_turn(ticket: Ticket, rng: random.Random, rules: bool) -> Turn:
+    """The ticket without a question; the reply is what the desk notes down, in any order.
+
+    That is device type and problem, and with `rules` what the house rules say of these.
+    """
     header = f"{rng.choice(HEADERS)}\n" if rng.random() < 0.6 else ""
     facts = [ticket.main.family, str(ticket.main.kind)]
+    if rules:
+        facts += [
+            table[ticket.main.family, str(ticket.main.kind)] for table in RULE_TABLES.values()
+        ]
     rng.shuffle(facts)
     return Turn(header + ticket.text, ", ".join(facts), "bare")
 
 
-def ticket_document(rng: random.Random, ticket: Ticket) -> Document:
+def ticket_document(rng: random.Random, ticket: Ticket, rules: bool) -> Document:
     """A ticket and different questions about it, the first one beside the ticket or left out."""
-    weights = [weight for weight, _ in SKILLS]
-    makers = list(dict.fromkeys(maker for _, maker in rng.choices(SKILLS, weights, k=7)))
+    skills = SKILLS + RULE_SKILLS if rules else SKILLS
+    weights = [weight for weight, _ in skills]
+    makers = list(dict.fromkeys(maker for _, maker in rng.choices(skills, weights, k=7)))
     turns = [maker(ticket, rng) for maker in makers]
     if rng.random() < 0.6:
-        return Document((bare_turn(ticket, rng), *turns))
+        return Document((bare_turn(ticket, rng, rules), *turns))
     first = turns[0]
     parts = [first.question, ticket.text]
     question = "\n".join(parts if rng.random() < 0.6 else parts[::-1])
@@ -296,10 +337,13 @@ def drill_document(rng: random.Random) -> Document:
     return Document(tuple(turns))
 
 
-def draw_documents(rng: random.Random, split: Split = "train", hard: float = 1.0) -> list[Document]:
+def draw_documents(
+    rng: random.Random, split: Split = "train", hard: float = 1.0, rules: bool = False
+) -> list[Document]:
     """One random document, or two about the members of a pair of tickets with the same words.
 
-    `hard` in [0, 1] says how many tickets have a second mention; easy text has more sheets and drills.
+    `hard` in [0, 1] says how many tickets have a second mention; easy text has more sheets and
+    drills. With `rules` the house rules are asked for too.
     """
     share = 0.15 - 0.10 * hard
     kind = rng.random()
@@ -308,5 +352,5 @@ def draw_documents(rng: random.Random, split: Split = "train", hard: float = 1.0
     if kind < 2 * share:
         return [drill_document(rng)]
     if kind < 2 * share + 0.2 * hard:
-        return [ticket_document(rng, ticket) for ticket in draw_pair(rng, split)]
-    return [ticket_document(rng, draw_ticket(rng, split, second_share=0.75 * hard))]
+        return [ticket_document(rng, ticket, rules) for ticket in draw_pair(rng, split)]
+    return [ticket_document(rng, draw_ticket(rng, split, second_share=0.75 * hard), rules)]

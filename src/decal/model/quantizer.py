@@ -93,7 +93,7 @@ class _PackWeight(ConversionOps):
             codes = quant_format(recipe.format).quantize(weight, recipe)
             packed = QuantLinear(codes, model.get_submodule(name).bias, weight.dtype)
             for loaded in (packed, *packed.parameters()):  # or transformers would fill them anew
-                loaded._is_hf_initialized = True  # type: ignore[union-attr,assignment]
+                loaded._is_hf_initialized = True  # type: ignore[attr-defined]
             packed.train(model.training)
             model.set_submodule(name, packed)
             if missing_keys is not None:
