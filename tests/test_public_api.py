@@ -12,7 +12,7 @@ import decal
 NAMES = """
     Adapter DecalError FullConfig LoraConfig QuantConfig RunConfig TrainConfig __version__ attach
     detach disabled dump_run generate inspect load load_base load_run merge
-    save_adapter train use
+    merge_in_place save_adapter train use
 """.split()  # noqa: SIM905 (a block of names reads better)
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from decal.verbs.load import load_base as load_base
     from decal.verbs.load import save_adapter as save_adapter
     from decal.verbs.merge import merge as merge
+    from decal.verbs.merge import merge_in_place as merge_in_place
     from decal.verbs.train import train as train
 
 _HOME = {
@@ -52,6 +53,7 @@ _HOME = {
     "load_base": "decal.verbs.load",
     "load_run": "decal.runfile",
     "merge": "decal.verbs.merge",
+    "merge_in_place": "decal.verbs.merge",
     "save_adapter": "decal.verbs.load",
     "train": "decal.verbs.train",
     "use": "decal.model.inject",

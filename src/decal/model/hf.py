@@ -10,7 +10,7 @@ log, because a randomly initialized layer trains happily and is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from transformers.utils import logging as hf_logging
 from decal.adapters import Lora
 from decal.errors import BaseModelError, nearest
 from decal.model.quantizer import DecalQuantizationConfig, quantizable_modules
+from decal.model.survey import base_modules
 from decal.quant.base import Recipe
 from decal.quant.identity import identity
 from decal.quant.linear import QuantLinear
@@ -214,14 +215,41 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             setattr(module, name, value)
 
 
+@contextmanager
+def checkpointed(model: Any, contexts: Callable[[], tuple[Any, Any]]) -> Iterator[None]:
+    """Inside the block layers keep no activations and run again in backward.
+
+    `contexts` is called in forward and gives the contexts of the forward and of the second run.
+    """
+    settings = {"use_reentrant": False, "context_fn": contexts}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(settings)
+    else:  # older transformers
+        model.gradient_checkpointing_enable(settings)
+    try:
+        yield
+    finally:
+        if hasattr(model, "activation_checkpointing_disable"):
+            model.activation_checkpointing_disable()
+        else:
+            model.gradient_checkpointing_disable()
+
+
 def transposed_modules(model: nn.Module) -> set[str]:
     """Names of the layers whose files hold [in, out] (GPT-2's Conv1D)."""
     return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
+def forget_quantizer(model: Any) -> None:
+    """Tells transformers that `model` is no longer quantized, once no packed layer is left."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not any(isinstance(m, QuantLinear) for m in model.modules()):
+        quantizer.remove_quantization_config(model)
+
+
 def quantizer_identity(model: nn.Module) -> str | None:
-    """Hash of all packed weights of `model` with their names and recipe; None if there are none."""
-    packed = [(n, m.packed) for n, m in model.named_modules() if isinstance(m, QuantLinear)]
+    """Hash of all packed weights of `model` with recipe and the base's names; None if none."""
+    packed = [(n, m.packed) for n, m in base_modules(model) if isinstance(m, QuantLinear)]
     return identity(iter(packed)) if packed else None
 
 

@@ -7,20 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from decal.adapters.base import LowRank
 from decal.errors import AdapterError, ConfigError
 from decal.model import hf
 from decal.model.adapter import Adapter
+from decal.model.inject import adapted_layers, adapter_state, detach
 from decal.model.quantizer import quantizable_modules
 from decal.quant import quant_format
 from decal.quant.base import Recipe
 from decal.quant.identity import combine, digest
+from decal.quant.linear import QuantLinear
 from decal.store.base import open_base
 from decal.verbs.load import as_dtype, base_fingerprint, recorded_quant
 from decal.verbs.target import BASE, QUANTIZER, base_of, metadata_json, read
-from decal.weights.delta import Deltas, FileDelta
+from decal.weights.delta import Deltas, Effect, FileDelta, add_delta
 from decal.weights.merge import MergeDtype, MergeReport, merge_files
 
 Onto = Literal["trained", "original"]
@@ -193,3 +196,34 @@ def _check_fingerprint(adapter: Adapter, path: str, revision: str | None) -> Non
             details=[f"trained on {wanted[:16]}…, found {found[:16]}…"],
             hint="name the right base or revision",
         )
+
+
+def merge_in_place(model: Any, name: str = "default") -> None:
+    """Adds one attached adapter to the loaded model's weights and takes all adapters off.
+
+    Sums in float32 and rounds once, as `merge` does on files. A quantized layer becomes an ordinary
+    one in its compute dtype: the sum of its dequantized weight and the delta.
+
+    Raises:
+        AdapterError: the model has no such adapter.
+        VerificationError: a sum does not fit the layer's dtype.
+    """
+    layers = adapted_layers(model)
+    merged: dict[str, Tensor] = {}
+    for module, parts in adapter_state(model, name).items():
+        base = layers[module].base
+        weight = base.weight().detach()
+        delta = FileDelta(parts, module=module)
+        result = add_delta(module, weight.cpu(), delta, weight.dtype, Effect())
+        merged[module] = result.to(weight.device)
+    detach(model)
+    for module, weight in merged.items():
+        layer = model.get_submodule(module)
+        if isinstance(layer, QuantLinear):
+            plain = layer.to_linear(weight.dtype)
+            plain.weight = nn.Parameter(weight, requires_grad=False)
+            model.set_submodule(module, plain.train(layer.training))
+        else:
+            stored = layer.weight
+            stored.data = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+    hf.forget_quantizer(model)

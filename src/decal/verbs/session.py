@@ -88,10 +88,7 @@ class Session:
             if self.flat:
                 stack.enter_context(attention.flat_attention(self.model))
             if self.config.train.gradient_checkpointing:
-                self.model.gradient_checkpointing_enable(
-                    {"use_reentrant": False, "context_fn": _recompute_contexts}
-                )
-                stack.callback(self.model.gradient_checkpointing_disable)
+                stack.enter_context(hf.checkpointed(self.model, _recompute_contexts))
             before = self.model.training
             stack.callback(self.model.train, before)
             self.model.train()
