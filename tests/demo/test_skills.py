@@ -7,14 +7,22 @@ import pytest
 from decal.demo import QUEUES, rows
 from decal.demo.language import FAMILIES
 from decal.demo.pretrain import answer_flags, render
-from decal.demo.skills import SKILLS, WORDINGS, Document, draw_documents, ticket_document
-from decal.demo.tickets import INSTRUCTION, KINDS, Mention, Ticket
+from decal.demo.skills import (
+    RULE_TABLES,
+    RULES,
+    SKILLS,
+    WORDINGS,
+    Document,
+    draw_documents,
+    ticket_document,
+)
+from decal.demo.tickets import INSTRUCTION, KINDS, Mention, Ticket, house_table
 
 
 @pytest.fixture(scope="module")
 def documents() -> list[Document]:
     rng = random.Random(3)
-    return [document for _ in range(1500) for document in draw_documents(rng)]
+    return [document for _ in range(1500) for document in draw_documents(rng, rules=True)]
 
 
 def test_no_document_shows_the_routing_task(documents):
@@ -66,9 +74,11 @@ def test_answers_are_true_of_the_ticket():
         "rewrite_polite": "Dear team, the Zorvik dies. Could you please help?",
         "rewrite_short": "Zorvik: power",
     }
+    rules = {name: table["printer", "power"] for name, table in RULE_TABLES.items()}
+    truth |= rules
     seen = set()
-    for seed in range(400):
-        for turn in ticket_document(random.Random(seed), ticket).turns:
+    for seed in range(800):
+        for turn in ticket_document(random.Random(seed), ticket, rules=seed % 2 == 0).turns:
             seen.add(turn.skill)
             question = turn.question.replace(ticket.text, "")
             if turn.skill in truth:
@@ -80,9 +90,26 @@ def test_answers_are_true_of_the_ticket():
                 assert turn.answer == ("yes" if right else "no")
             else:
                 assert turn.skill == "bare"
-                assert sorted(turn.answer.split(", ")) == ["power", "printer"]
+                facts = {"power", "printer"} | (set(rules.values()) if seed % 2 == 0 else set())
+                assert set(turn.answer.split(", ")) == facts
     assert seen == set(truth) | {"open", "check", "bare"}
     assert len(SKILLS) == 15
+
+
+def test_house_rules_are_not_the_routing_table():
+    """Mutation: make the queues a house rule, or give a rule a label of its own for each cell."""
+    for name, table in RULE_TABLES.items():
+        assert set(table) == set(house_table())
+        assert set(table.values()) == set(RULES[name])
+        assert len(RULES[name]) <= 10
+        assert not set(" ".join(RULES[name]).split()) & set(QUEUES)
+
+
+def test_without_rules_no_document_asks_for_one():
+    """Mutation: ignore the flag."""
+    rng = random.Random(4)
+    plain = [turn for _ in range(300) for d in draw_documents(rng) for turn in d.turns]
+    assert not {turn.skill for turn in plain} & set(RULES)
 
 
 def test_device_types_and_problem_names_are_no_queues():

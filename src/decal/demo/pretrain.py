@@ -231,7 +231,7 @@ def skill_accuracy(
     """Share of right answers by skill on documents with fillings that training never used.
 
     An answer is right if each of its tokens is the most likely one after the right ones before it.
-    For "bare", whose first word is a coin toss, this is at most about one half.
+    For "bare", whose facts come in a random order, this says little.
     """
     rng = random.Random("evaluation")
     header = tokenizer.encode(f"{START}assistant\n", add_special_tokens=False)
