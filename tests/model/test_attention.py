@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from decal.data.batch import Batch
 from decal.data.pack import flat_batch, padded_batch
@@ -116,3 +123,22 @@ def test_outside_a_flat_batch_the_model_is_what_it_was(model: Any) -> None:
     with attention.flat_attention(model):
         assert torch.equal(model(ids, attention_mask=mask).logits, before)
     assert model.config._attn_implementation == name
+
+
+def test_the_probe_sees_a_mask_that_flat_attention_does_not_know() -> None:
+    """Llama 4 attends within chunks, and says so in its mask only.
+
+    Mutation: run the samples alone through our attention too.
+    """
+    config = Llama4TextConfig(
+        **{**SIZES, "hidden_size": 48},
+        head_dim=8,
+        intermediate_size_mlp=52,
+        attention_chunk_size=4,
+        num_local_experts=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    torch.manual_seed(3)
+    assert not attention.flattens(Llama4ForCausalLM(config).eval())

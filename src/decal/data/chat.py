@@ -81,7 +81,7 @@ class Encoder:
             sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}), dtype=np.int64
         )
         self._trims = _trims_spaces(tokenizer)
-        self._bos = _own_bos(tokenizer)
+        self._bos = own_bos(tokenizer)
         self._template = _template(tokenizer)
         self._has_markers = bool(self._template and GENERATION.search(self._template))
 
@@ -275,7 +275,7 @@ def _template(tokenizer: Tokenizer) -> str | None:
         ) from error
 
 
-def _own_bos(tokenizer: Tokenizer) -> int | None:
+def own_bos(tokenizer: Tokenizer) -> int | None:
     """The bos token that the tokenizer puts in front of plain text, or None if it does not."""
     bos = tokenizer.bos_token_id
     ids = tokenizer("a")["input_ids"]

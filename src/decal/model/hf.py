@@ -36,7 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from decal.adapters import Lora
-from decal.errors import BaseModelError, nearest
+from decal.errors import BaseModelError, QuantError, nearest
 from decal.model.quantizer import DecalQuantizationConfig, quantizable_modules
 from decal.model.survey import base_modules
 from decal.quant.base import Recipe
@@ -44,6 +44,8 @@ from decal.quant.identity import identity
 from decal.quant.linear import QuantLinear
 
 _MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*")
+_OTHER_COPIES = ("*/*.safetensors", "consolidated*.safetensors")
+"""The same weights once more, for other programs (Mistral's own loader, ONNX folders, …)."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,6 +59,8 @@ class BaseInfo:
     revision: str | None
     dtype: torch.dtype
     """What the base computes in; quantized weights were cast to it before they were packed."""
+    commit: str | None
+    """The hub's commit that was loaded; a branch may have moved on since. None for a folder."""
     recipe: Recipe | None
     """How the linear layers are stored; None for 16 or 32 bits."""
 
@@ -89,8 +93,10 @@ def load_model(
 
     Raises:
         BaseModelError: the path is no model, or tensors are missing, left over or misshapen.
+        QuantError: weights that the format cannot hold.
     """
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    device_map = {"": pick_device(device)} if str(pick_device(device)) != "cpu" else None
     quantization = None
     if recipe is not None:
         if getattr(config, "quantization_config", None) is not None:
@@ -104,12 +110,12 @@ def load_model(
     with _Quiet():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
-                path,
+                _expanded(path),
                 config=config,
                 revision=revision,
                 trust_remote_code=trust_remote_code,
                 dtype=dtype,
-                device_map={"": pick_device(device)} if str(pick_device(device)) != "cpu" else None,
+                device_map=device_map,
                 quantization_config=quantization,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below, with both shapes
@@ -117,7 +123,13 @@ def load_model(
         except Exception as error:
             raise _load_error(path, error) from error
     _refuse_incomplete(path, model, report)
-    model.decal_base = BaseInfo(path=path, revision=revision, dtype=dtype, recipe=recipe)
+    model.decal_base = BaseInfo(
+        path=path,
+        revision=revision,
+        dtype=dtype,
+        commit=getattr(config, "_commit_hash", None),
+        recipe=recipe,
+    )
     if recipe is not None:
         _refuse_unquantized(path, model)
     return model
@@ -128,7 +140,7 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     _refuse_wrong_path(path)
     try:
         return AutoConfig.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
+            _expanded(path), revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:
         raise _load_error(path, error) from error
@@ -140,7 +152,7 @@ def load_tokenizer(
     """The model's tokenizer; raises BaseModelError."""
     try:
         return AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
+            _expanded(path), revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:
         raise BaseModelError(
@@ -203,9 +215,15 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
     """
     found: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
-        for name in ("p",) if isinstance(module, nn.Dropout) else ("attention_dropout", "dropout"):
-            value = getattr(module, name, None)
-            if isinstance(value, float) and not isinstance(module, Lora):
+        if isinstance(module, Lora):
+            continue
+        # Architectures keep the share in attributes of many names: hidden_dropout, attn_pdrop, …
+        names = (
+            ["p"] if isinstance(module, nn.Dropout) else [n for n in vars(module) if "drop" in n]
+        )
+        for name in names:
+            value = getattr(module, name)
+            if isinstance(value, float):
                 found.append((module, name, value))
                 setattr(module, name, 0.0)
     try:
@@ -240,6 +258,17 @@ def transposed_modules(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
+def untie(model: Any, module: str) -> None:
+    """Tells transformers that a layer, about to get a weight of its own, is tied no longer."""
+    key = f"{module}.weight"
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    kept = {k: source for k, source in tied.items() if key not in (k, source)}
+    if kept != tied:
+        model.all_tied_weights_keys = kept
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
+
+
 def forget_quantizer(model: Any) -> None:
     """Tells transformers that `model` is no longer quantized, once no packed layer is left."""
     quantizer = getattr(model, "hf_quantizer", None)
@@ -251,6 +280,11 @@ def quantizer_identity(model: nn.Module) -> str | None:
     """Hash of all packed weights of `model` with recipe and the base's names; None if none."""
     packed = [(n, m.packed) for n, m in base_modules(model) if isinstance(m, QuantLinear)]
     return identity(iter(packed)) if packed else None
+
+
+def _expanded(path: str) -> str:
+    """`~` written out, which transformers does not do; hub ids have none."""
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def _quant_method(config: Any) -> str:
@@ -331,6 +365,7 @@ def _refuse_incomplete(path: str, model: PreTrainedModel, report: dict[str, Any]
     problems = []
     mismatched = sorted(report["mismatched_keys"])
     if model.__dict__.get("hf_quantizer") is not None:
+        _refuse_unpackable(path, getattr(model.hf_quantizer, "refused", []))
         mismatched += getattr(model.hf_quantizer, "mismatched", [])
     missing = sorted(set(report["missing_keys"]) - {key for key, *_ in mismatched})
     if missing:
@@ -349,6 +384,16 @@ def _refuse_incomplete(path: str, model: PreTrainedModel, report: dict[str, Any]
             f"base `{path}` does not fill {type(model).__name__}",
             details=problems,
             hint="the weights and config.json do not belong together",
+        )
+
+
+def _refuse_unpackable(path: str, refused: list[tuple[str, QuantError]]) -> None:
+    if refused:
+        key, error = refused[0]
+        raise QuantError(
+            f"{len(refused)} weights of base `{path}` cannot be quantized",
+            details=[f"{key}: {error.message}", *error.details],
+            hint=error.hint,
         )
 
 
@@ -373,6 +418,13 @@ def local_folder(path: str, revision: str | None = None) -> Path:
     if folder.is_dir():
         return folder
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=list(_MODEL_FILES)))
+        return Path(
+            snapshot_download(
+                path,
+                revision=revision,
+                allow_patterns=list(_MODEL_FILES),
+                ignore_patterns=list(_OTHER_COPIES),
+            )
+        )
     except Exception as error:
         raise _load_error(path, error) from error

@@ -131,23 +131,18 @@ def attach(
     found = table(infos, names, settings.target_modules, settings.r, notes_on_rest(model))
     if attached is None:
         attached = _freeze(model)
-    wrapped = _wrap(model, names, attached.state)
-    for module, layer in wrapped.items():
-        weight = next(layer.base_layer.parameters())
-        slot = Slot(
-            module=module,
-            group=input_group(module),
-            adapter=name,
-            shape=layer.base.shape,
-            device=weight.device,
-        )
-        layer.adapters[name] = METHODS[settings.method].create(settings, slot, seed)
-        layer.adapters[name].train(layer.training)
+    before = attached.state.routing
     attached.configs[name] = settings
-    if trained is not None:
-        load_state(model, name, trained.tensors)
-    _activate(model, Routing(((name, 1.0),)))
-    _check_attached(model, name, found)
+    try:
+        _put_on(model, names, name, settings, seed)
+        if trained is not None:
+            load_state(model, name, trained.tensors)
+        _activate(model, Routing(((name, 1.0),)))
+        _check_attached(model, name, found)
+    except BaseException:  # out of memory half way, say: the model must not stay half adapted
+        attached.state.routing = before
+        detach(model, name)
+        raise
     return found
 
 
@@ -181,7 +176,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         parameter.requires_grad_(attached.requires_grad.get(key, parameter.requires_grad))
     for key, module in model.named_modules():
         module.training = attached.training.get(key, module.training)
-    del model.decal_adapters
+    del model.decal_adapters, model.save_pretrained
 
 
 def use(model: nn.Module, which: str | Mapping[str, float]) -> Use:
@@ -333,6 +328,10 @@ def _check_name(name: str, attached: _Attached | None) -> None:
         raise AdapterError(
             f"`{name}` cannot name an adapter", hint="use letters, digits, `_` and `-`"
         )
+    if hasattr(nn.ModuleDict, name):  # torch keeps modules by name, beside its own methods
+        raise AdapterError(
+            f"`{name}` cannot name an adapter, it is a word of torch's", hint="choose another name"
+        )
     if attached is not None and name in attached.configs:
         raise AdapterError(
             f"the model has an adapter `{name}` already",
@@ -348,7 +347,31 @@ def _freeze(model: nn.Module) -> _Attached:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.decal_adapters = attached  # type: ignore[assignment]
+    model.save_pretrained = _refuse_to_save  # type: ignore[assignment]
     return attached
+
+
+def _refuse_to_save(*_: object, **__: object) -> None:
+    """transformers would write `….base_layer.weight`, which loads as a base with random layers."""
+    raise AdapterError(
+        "a model with adapters cannot be saved as a whole: its tensors have other names than the"
+        " base's, and would be random when it is loaded",
+        hint="save the adapter alone (save_adapter), or merge or detach it first",
+    )
+
+
+def _put_on(model: nn.Module, names: list[str], name: str, settings: LoraConfig, seed: int) -> None:
+    for module, layer in _wrap(model, names, cast(_Attached, _attached(model)).state).items():
+        weight = next(layer.base_layer.parameters())
+        slot = Slot(
+            module=module,
+            group=input_group(module),
+            adapter=name,
+            shape=layer.base.shape,
+            device=weight.device,
+        )
+        layer.adapters[name] = METHODS[settings.method].create(settings, slot, seed)
+        layer.adapters[name].train(layer.training)
 
 
 def _wrap(

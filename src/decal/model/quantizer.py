@@ -23,6 +23,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from decal.errors import QuantError
 from decal.quant import quant_format
 from decal.quant.base import Recipe
 from decal.quant.linear import QuantLinear
@@ -90,7 +91,11 @@ class _PackWeight(ConversionOps):
             if weight.shape != wanted:
                 self.quantizer.mismatched.append((key, weight.shape, wanted))
                 continue
-            codes = quant_format(recipe.format).quantize(weight, recipe)
+            try:
+                codes = quant_format(recipe.format).quantize(weight, recipe)
+            except QuantError as error:  # transformers would keep only the name of its class
+                self.quantizer.refused.append((key, error))
+                continue
             packed = QuantLinear(codes, model.get_submodule(name).bias, weight.dtype)
             for loaded in (packed, *packed.parameters()):  # or transformers would fill them anew
                 loaded._is_hf_initialized = True  # type: ignore[attr-defined]
@@ -111,6 +116,8 @@ class DecalQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.mismatched: list[tuple[str, torch.Size, torch.Size]] = []
         """(key, shape in the file, shape in the model): transformers does not compare these."""
+        self.refused: list[tuple[str, QuantError]] = []
+        """Weights that the format cannot hold, and why."""
         self._names: frozenset[str] = frozenset()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:

@@ -19,7 +19,7 @@ from decal.model.adapter import Adapter
 from decal.model.inject import attach, disabled, use
 from decal.objectives import sft
 from decal.verbs.load import load_adapter
-from decal.verbs.target import BASE, QUANTIZER, base_of, read
+from decal.verbs.target import BASE, QUANTIZER, base_of, metadata_json, read
 from decal.verbs.text import Prompt, complete, exact_match
 
 BASE_NAME = "base"
@@ -138,16 +138,21 @@ def _as_prompt(text: str, chat: bool) -> Prompt:
 def _refuse_mixed(adapters: Mapping[str, Adapter], base: str | None) -> None:
     first_name, first = next(iter(adapters.items()))
     for name, adapter in adapters.items():
-        for key, what in ((QUANTIZER, "quantization"), (BASE, "base")):
-            if key == BASE and base is not None:
-                continue
-            same = (
-                base_of(adapter, base) == base_of(first, base)
-                if key == BASE
-                else adapter.metadata.get(key) == first.metadata.get(key)
-            )
+        same_quantizer = adapter.metadata.get(QUANTIZER) == first.metadata.get(QUANTIZER)
+        for same, what in (
+            (same_quantizer, "quantization"),
+            (_same_base(adapter, first, base), "base"),
+        ):
             if not same:
                 raise AdapterError(
                     f"adapters `{first_name}` and `{name}` were trained on a different {what}",
                     hint="compare them in two calls",
                 )
+
+
+def _same_base(a: Adapter, b: Adapter, given: str | None) -> bool:
+    """By fingerprint, whatever the folder is called; by name where one records none."""
+    marks = [(metadata_json(adapter, BASE) or {}).get("fingerprint") for adapter in (a, b)]
+    if all(marks):
+        return marks[0] == marks[1]
+    return given is not None or base_of(a) == base_of(b)

@@ -77,7 +77,7 @@ def _model(path: str) -> dict[str, Any]:
 
 def _run(folder: Path) -> dict[str, Any]:
     info_file = folder / "info.json"
-    info = json.loads(info_file.read_text()) if info_file.exists() else {}
+    info = json.loads(info_file.read_text(encoding="utf-8")) if info_file.exists() else {}
     found: dict[str, Any] = {"kind": "run", "path": str(folder), "finished": "result" in info}
     found |= {k: info[k] for k in ("steps", "rows", "device", "threads", "decal") if k in info}
     with RunFolder.open(folder) as run:

@@ -134,6 +134,7 @@ def load_adapter(
         trust_remote_code=trust_remote_code,
     )
     check_identity(adapter, hf.quantizer_identity(model), path)
+    check_fingerprint(adapter, path, revision)
     attach(model, adapter, name)
     model.eval()
     return model, tokenizer
@@ -166,6 +167,24 @@ def check_identity(adapter: Adapter, identity: str | None, base: str) -> None:
         )
 
 
+def check_fingerprint(adapter: Adapter, path: str, revision: str | None) -> None:
+    """The base's files must hold the weights of the training; raises AdapterError.
+
+    An adapter that records no fingerprint, of another tool, is taken as it is.
+    """
+    wanted = (metadata_json(adapter, BASE) or {}).get("fingerprint")
+    if wanted is None:
+        return
+    found = base_fingerprint(path, revision)
+    if found != wanted:
+        raise AdapterError(
+            f"base `{path}` is not the one that adapter `{adapter.source}` was trained on:"
+            " its weights differ",
+            details=[f"trained on {wanted[:16]}…, found {found[:16]}…"],
+            hint="name the right base or revision",
+        )
+
+
 def save_adapter(
     model: PreTrainedModel, path: str | Path, name: str = "default", *, force: bool = False
 ) -> Adapter:
@@ -190,8 +209,9 @@ def adapter_of(model: PreTrainedModel, name: str = "default") -> Adapter:
     base = {
         "path": info.path,
         "revision": info.revision,
+        "commit": info.commit,
         "dtype": str(info.dtype).removeprefix("torch."),
-        "fingerprint": base_fingerprint(info.path, info.revision),
+        "fingerprint": base_fingerprint(info.path, info.commit or info.revision),
     }
     metadata[BASE] = json.dumps(base, sort_keys=True)
     if info.recipe is not None:

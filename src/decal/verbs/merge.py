@@ -21,8 +21,8 @@ from decal.quant.base import Recipe
 from decal.quant.identity import combine, digest
 from decal.quant.linear import QuantLinear
 from decal.store.base import open_base
-from decal.verbs.load import as_dtype, base_fingerprint, recorded_quant
-from decal.verbs.target import BASE, QUANTIZER, base_of, metadata_json, read
+from decal.verbs.load import as_dtype, check_fingerprint, recorded_quant
+from decal.verbs.target import QUANTIZER, base_of, metadata_json, read
 from decal.weights.delta import Deltas, Effect, FileDelta, add_delta
 from decal.weights.merge import MergeDtype, MergeReport, merge_files
 
@@ -132,8 +132,7 @@ def merge(
     path, revision = base_of(loaded, base)
     onto = _onto(loaded, onto)
     files = open_base(hf.local_folder(path, revision))
-    if onto == "original":
-        _check_fingerprint(loaded, path, revision)
+    check_fingerprint(loaded, path, revision)
     skeleton = hf.skeleton(path, revision=revision)
     keys = {name: key for key, name in hf.name_map(skeleton, sorted(files.tensors)).items()}
     transposed = hf.transposed_modules(skeleton)
@@ -184,25 +183,12 @@ def _tied(skeleton: Any, keys: dict[str, str]) -> dict[str, str]:
     return {keys.get(k, k): keys[source] for k, source in tied.items() if source in keys}
 
 
-def _check_fingerprint(adapter: Adapter, path: str, revision: str | None) -> None:
-    wanted = (metadata_json(adapter, BASE) or {}).get("fingerprint")
-    if wanted is None:
-        return
-    found = base_fingerprint(path, revision)
-    if found != wanted:
-        raise AdapterError(
-            f"base `{path}` is not the one that adapter `{adapter.source}` was trained on:"
-            " its weights differ",
-            details=[f"trained on {wanted[:16]}…, found {found[:16]}…"],
-            hint="name the right base or revision",
-        )
-
-
 def merge_in_place(model: Any, name: str = "default") -> None:
     """Adds one attached adapter to the loaded model's weights and takes all adapters off.
 
     Sums in float32 and rounds once, as `merge` does on files. A quantized layer becomes an ordinary
-    one in its compute dtype: the sum of its dequantized weight and the delta.
+    one in its compute dtype: the sum of its dequantized weight and the delta. A head that shared
+    its weight with the embedding no longer does: the delta is the head's alone.
 
     Raises:
         AdapterError: the model has no such adapter.
@@ -224,6 +210,7 @@ def merge_in_place(model: Any, name: str = "default") -> None:
             plain.weight = nn.Parameter(weight, requires_grad=False)
             model.set_submodule(module, plain.train(layer.training))
         else:
-            stored = layer.weight
-            stored.data = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+            stored = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
+            hf.untie(model, module)
+            layer.weight = nn.Parameter(stored, requires_grad=layer.weight.requires_grad)
     hf.forget_quantizer(model)

@@ -79,17 +79,20 @@ def read(path: str | Path) -> tuple[Target, Adapter]:
 
 
 def base_of(adapter: Adapter, given: str | None = None) -> tuple[str, str | None]:
-    """(path, revision) of the base: `given`, else the one written in the adapter."""
-    if given is not None:
+    """(path, revision) of the base: `given`, else the one written in the adapter.
+
+    The revision is the commit that training loaded, where that is recorded.
+    """
+    recorded = metadata_json(adapter, BASE) or {}
+    path = adapter.base or recorded.get("path")
+    if given is not None and given != path:
         return given, None
-    recorded = metadata_json(adapter, BASE)
-    path = adapter.base or (recorded or {}).get("path")
     if not path:
         raise AdapterError(
             "the adapter does not say which base it belongs to",
             hint="name the base: `decal merge BASE ADAPTER -o OUT`",
         )
-    return path, adapter.revision
+    return path, recorded.get("commit") or adapter.revision
 
 
 def metadata_json(adapter: Adapter, key: str) -> dict[str, Any] | None:

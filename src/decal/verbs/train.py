@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 from collections.abc import Callable
@@ -91,8 +92,7 @@ def train(
     with _open_run(config, resume=resume, force=force) as run:
         if resume:
             session = prepare(config, say)
-        else:
-            run.write_info(_info(session))
+        _write_info(session, run, config.output)
         with session.training():
             result = run_loop(_job(session, run, observe, resume))
         session.model.eval()
@@ -145,6 +145,27 @@ def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
     return lines
 
 
+def _write_info(session: Session, run: RunFolder, output: str) -> None:
+    """info.json of a new run; a resumed one must find the base and the data it began with."""
+    before, now = run.info(), _info(session)
+    if not before:  # a new run, or one that was killed before it got here
+        run.write_info(now)
+        return
+    inputs = {"base_fingerprint": "base", "quantizer_identity": "quantized base", "data": "data"}
+    changed = [
+        f"{what}: {key} was {before[key]}, is {now[key]}"
+        for key, what in inputs.items()
+        if key in before and before[key] != now[key]
+    ]
+    if changed:
+        raise ConfigError(
+            f"the run `{output}` began with another {changed[0].partition(':')[0]}:"
+            " going on would train something else than it says",
+            details=changed,
+            hint="put back what it began with, or start over with --force",
+        )
+
+
 def _job(session: Session, run: RunFolder, observe: Callable[[Event], None], resume: bool) -> Job:
     return Job(
         loss=session.loss,
@@ -172,7 +193,7 @@ def _save(session: Session, run: RunFolder) -> Path:
 
 
 def _info(session: Session) -> dict[str, Any]:
-    base = session.config.base
+    base: hf.BaseInfo = session.model.decal_base
     return {
         "decal": __version__,
         "torch": torch.__version__,
@@ -182,12 +203,24 @@ def _info(session: Session) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(session.model.device),
-        "base_fingerprint": base_fingerprint(base.path, base.revision),
+        "base_fingerprint": base_fingerprint(base.path, base.commit or base.revision),
         "quantizer_identity": hf.quantizer_identity(session.model),
         "layout": "flat" if session.flat else "padded",
+        "data": _data_digest(session),
         "rows": len(session.samples),
         "steps": session.total_steps,
     }
+
+
+def _data_digest(session: Session) -> str:
+    """sha256 of all tokens and of which of them are trained: rows, tokenizer and chat template."""
+    hashed = hashlib.sha256()
+    for sample in session.samples:
+        hashed.update(f"{sample.row} {len(sample)}\n".encode())
+        hashed.update(sample.input_ids.tobytes() + sample.trained.tobytes())
+    for batch in session.eval_batches:
+        hashed.update(batch.input_ids.numpy().tobytes() + batch.targets.numpy().tobytes())
+    return hashed.hexdigest()
 
 
 def _result_info(result: Result) -> dict[str, Any]:

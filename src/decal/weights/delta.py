@@ -97,7 +97,7 @@ def add_delta(
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     factors = delta.low_rank
-    update = factors.B.detach().cpu().float() @ factors.A.detach().cpu().float()
+    update = factors.B.detach().cpu().to(wide) @ factors.A.detach().cpu().to(wide)
     if delta.transposed:
         update = update.T
     update = update * factors.scale
