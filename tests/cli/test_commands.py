@@ -204,6 +204,18 @@ def test_init_replaces_nothing_unasked(tmp_path: Path, capsys: pytest.CaptureFix
     assert load_run(path).output == "runs/first"
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_init_says_where_it_cannot_write(
+    force: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails when a folder is to be replaced, or a missing one is called a lost race."""
+    assert main(["init", str(tmp_path), *force]) == 2
+    assert f"`{tmp_path}` is a folder, not a file" in capsys.readouterr().err
+    assert main(["init", str(tmp_path / "no" / "run.yaml"), *force]) == 2
+    assert f"there is no folder `{tmp_path / 'no'}`" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_init_refuses_wrong_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails when a file is written that train would refuse."""
     path = tmp_path / "run.yaml"

@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure is not None:
         reconfigure(errors="backslashreplace")
+    # The hub's retries without a network are not the user's news; what comes of them is.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = console.show_warning

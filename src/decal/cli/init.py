@@ -35,8 +35,8 @@ def init(
     from decal.store.files import write_text
 
     to_stdout = str(path) == "-"
-    if not to_stdout and path.exists() and not force:
-        raise OutputError(f"`{path}` exists", hint="--force replaces it")
+    if not to_stdout:
+        _refuse_occupied(path, force)
     given = [f"base={_quoted(base)}", f"data={_quoted(data)}", f"output={_quoted(output)}"]
     text = dump_run(parse_run("{}", name="decal init", overrides=[*given, *(overrides or [])]))
     if to_stdout:
@@ -44,6 +44,16 @@ def init(
         return
     write_text(path, text)
     console.say(f"wrote {path}; next: decal train {path}")
+
+
+def _refuse_occupied(path: Path, force: bool) -> None:
+    if path.is_dir():
+        hint = f"name the file in it: decal init {path / 'run.yaml'}"
+        raise OutputError(f"`{path}` is a folder, not a file", hint=hint)
+    if not path.parent.is_dir():
+        raise OutputError(f"there is no folder `{path.parent}` to write into", hint="make it first")
+    if path.exists() and not force:
+        raise OutputError(f"`{path}` exists", hint="--force replaces it")
 
 
 def _quoted(text: str) -> str:
