@@ -1,4 +1,4 @@
-"""What loading a quantized base costs: the packed weights and a constant, never the 16-bit model."""
+"""Loading a quantized base costs its packed weights and a constant, never the 16-bit model."""
 
 from __future__ import annotations
 

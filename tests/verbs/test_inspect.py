@@ -10,6 +10,7 @@ import pytest
 
 from decal import demo
 from decal.errors import AdapterError, BaseModelError, DecalError
+from decal.store.run import RunFolder
 from decal.verbs.inspect import inspect
 from decal.verbs.train import RunResult
 from tests.verbs.conftest import STEPS
@@ -59,3 +60,18 @@ def test_cut_weights_are_named(finished: RunResult, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:100_000])
     with pytest.raises(BaseModelError, match="is damaged"):
         inspect(base)
+
+
+def test_a_run_in_progress_can_be_looked_at(tmp_path: Path) -> None:
+    """Mutation: hold the folder's lock to read it."""
+    with RunFolder.create(tmp_path / "r", "base: x\n") as run:
+        run.append_metrics({"step": 3, "loss": 1.0})
+        found = inspect(tmp_path / "r")
+    assert (found["finished"], found["last_step"]) == (False, 3)
+
+
+def test_a_corrupt_info_is_named(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "r", "base: x\n"):
+        (tmp_path / "r" / "info.json").write_text("{")
+    with pytest.raises(DecalError, match=r"info\.json"):
+        inspect(tmp_path / "r")

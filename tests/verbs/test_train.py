@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -170,3 +171,18 @@ def test_what_is_not_there_is_named_and_nothing_is_written(
     with pytest.raises(error, match=says):
         train(settings(tmp_path, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_an_output_that_holds_the_base_is_refused(tmp_path: Path) -> None:
+    """--force would remove the base it is about to load."""
+    shutil.copytree(demo.base_path(), tmp_path / "run" / "model")
+    config = settings(tmp_path, base=str(tmp_path / "run" / "model"))
+    with pytest.raises(OutputError, match="holds the base"):
+        train(config, force=True)
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    base = {"path": str(demo.base_path()), "device": "cuda:77"}
+    with pytest.raises(BaseModelError, match="cuda:77"):
+        train(settings(tmp_path, base=base))

@@ -10,6 +10,7 @@ log, because a randomly initialized layer trains happily and is wrong.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class BaseInfo:
     """Where a loaded base came from; kept on the model as `decal_base`."""
 
     path: str
-    """Hub id or folder, as it was given."""
+    """Hub id, or the folder's absolute path: an adapter must find it from anywhere."""
     revision: str | None
     dtype: torch.dtype
     """What the base computes in; quantized weights were cast to it before they were packed."""
@@ -66,15 +67,26 @@ class BaseInfo:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is the first GPU if there is one, else the CPU; other names are torch's own."""
-    if device != "auto":
-        try:
-            return torch.device(device)
-        except RuntimeError:
-            raise BaseModelError(
-                f"`{device}` is not a device", hint="use auto, cpu, cuda or cuda:N"
-            ) from None
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is the first GPU if there is one, else the CPU; other names are torch's own.
+
+    Raises:
+        BaseModelError: no such name, or no such device in this machine.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise BaseModelError(
+            f"`{device}` is not a device", hint="use auto, cpu, cuda or cuda:N"
+        ) from None
+    count = torch.cuda.device_count() if found.type == "cuda" else 1
+    if (found.index or 0) >= count:
+        raise BaseModelError(
+            f"device `{device}` is not there: torch sees {count} GPUs",
+            hint="use auto or cpu; `decal env` shows what torch sees",
+        )
+    return found
 
 
 def load_model(
@@ -124,7 +136,7 @@ def load_model(
             raise _load_error(path, error) from error
     _refuse_incomplete(path, model, report)
     model.decal_base = BaseInfo(
-        path=path,
+        path=str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path,
         revision=revision,
         dtype=dtype,
         commit=getattr(config, "_commit_hash", None),
@@ -325,14 +337,25 @@ def _refuse_wrong_path(path: str) -> None:
                 hint="a model folder holds config.json, the tokenizer and *.safetensors",
             )
         return
-    looks_like_path = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_like_path:
-        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        near = nearest(folder.name, siblings)
+    if not may_be_on_hub(path):
+        near = near_path(path)
         raise BaseModelError(
             f"there is no model at `{path}`",
-            hint=f"did you mean `{folder.parent / near}`?" if near else "name a folder or a hub id",
+            hint=f"did you mean `{near}`?" if near else "name a folder or a hub id",
         )
+
+
+def may_be_on_hub(path: str) -> bool:
+    """Whether `path` reads like a hub id (`gpt2`, `owner/name`) and not like a folder's path."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path) is not None
+
+
+def near_path(path: str) -> str | None:
+    """The existing file or folder that `path` was probably meant to name."""
+    folder = Path(path).expanduser()
+    siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    near = nearest(folder.name, siblings)
+    return str(folder.parent / near) if near else None
 
 
 def _load_error(path: str, error: Exception) -> BaseModelError:
@@ -347,7 +370,10 @@ def _load_error(path: str, error: Exception) -> BaseModelError:
         else:
             hint = "the folder may be incomplete; copy or download it again"
         return BaseModelError(f"base `{path}` cannot be loaded: {_first_line(error)}", hint=hint)
-    if "gated" in text.lower() or "401" in text or "403" in text:
+    near = near_path(path)
+    if near:
+        hint = f"did you mean the folder `{near}`?"
+    elif "gated" in text.lower() or "401" in text or "403" in text:
         hint = "the model is private or gated: log in with `hf auth login` and accept its terms"
     elif "404" in text or "not a valid model identifier" in text:
         hint = "check the id on the hub, or name a local folder"

@@ -24,11 +24,13 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from decal.errors import QuantError
+from decal.model.heap import give_back_freed
 from decal.quant import quant_format
 from decal.quant.base import Recipe
 from decal.quant.linear import QuantLinear
 
 METHOD = "decal"
+_TRIM_EVERY = 32 << 20
 
 
 @register_quantization_config(METHOD)
@@ -103,6 +105,10 @@ class _PackWeight(ConversionOps):
             model.set_submodule(name, packed)
             if missing_keys is not None:
                 missing_keys.discard(key)
+            self.quantizer.passed += weight.nbytes
+            if self.quantizer.passed >= _TRIM_EVERY:
+                self.quantizer.passed = 0
+                give_back_freed()
         return {}
 
 
@@ -118,6 +124,8 @@ class DecalQuantizer(HfQuantizer):
         """(key, shape in the file, shape in the model): transformers does not compare these."""
         self.refused: list[tuple[str, QuantError]] = []
         """Weights that the format cannot hold, and why."""
+        self.passed = 0
+        """Bytes of weights packed since freed memory was last given back."""
         self._names: frozenset[str] = frozenset()
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:

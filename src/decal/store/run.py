@@ -130,6 +130,11 @@ class RunFolder:
             raise OutputError(f"`{out}` holds no run", hint="start one without --resume")
         return cls(out, _hold(out))
 
+    @classmethod
+    def look(cls, path: str | os.PathLike[str]) -> RunFolder:
+        """The folder for reading only, not held: another process may be training into it."""
+        return cls(Path(path), -1)
+
     def close(self) -> None:
         """Lets the folder go. Closing twice is fine."""
         if self._lock >= 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -76,14 +75,12 @@ def _model(path: str) -> dict[str, Any]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    info_file = folder / "info.json"
-    info = json.loads(info_file.read_text(encoding="utf-8")) if info_file.exists() else {}
+    run = RunFolder.look(folder)
+    info = run.info()
     found: dict[str, Any] = {"kind": "run", "path": str(folder), "finished": "result" in info}
     found |= {k: info[k] for k in ("steps", "rows", "device", "threads", "decal") if k in info}
-    with RunFolder.open(folder) as run:
-        steps = run.steps()
-        rows = run.metrics()
-    found["checkpoints"] = steps
+    rows = run.metrics()
+    found["checkpoints"] = run.steps()
     if "result" in info:
         found["result"] = info["result"]
     elif rows:

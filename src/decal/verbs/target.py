@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from decal.errors import AdapterError, DecalError, OutputError, nearest
+from decal.errors import AdapterError, DecalError, OutputError
 from decal.model.adapter import Adapter
+from decal.model.hf import may_be_on_hub, near_path
 
 QUANTIZER = "decal.quantizer"
 BASE = "decal.base"
@@ -38,14 +39,12 @@ def resolve(path: str | Path) -> Target:
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        text = str(path)
-        if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-            return Target(kind="model", path=text)
-        siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-        near = nearest(folder.name, siblings)
+        near = near_path(str(path))
+        if may_be_on_hub(str(path)) and near is None:
+            return Target(kind="model", path=str(path))
         raise DecalError(
             f"there is nothing at `{path}`",
-            hint=f"did you mean `{folder.parent / near}`?" if near else "name a folder or a hub id",
+            hint=f"did you mean `{near}`?" if near else "name a folder or a hub id",
         )
     if not folder.is_dir():
         raise DecalError(f"`{path}` is a file", hint="name the folder it lies in")

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from decal.config import FullConfig, RunConfig
-from decal.errors import ConfigError
+from decal.errors import ConfigError, OutputError
 from decal.model import hf
 from decal.model.inject import trainable_parameters
 from decal.report.plots import loss_png
@@ -115,6 +115,11 @@ def _refuse_contradictions(config: RunConfig) -> None:
         raise ConfigError(
             "`train.eval_every` is set, but `data.eval` is null: there is nothing to evaluate on",
             hint="set `data.eval: 0.05`, or leave `train.eval_every` out",
+        )
+    base, output = Path(config.base.path).expanduser(), Path(config.output)
+    if base.is_dir() and output.resolve() in (base.resolve(), *base.resolve().parents):
+        raise OutputError(
+            f"output `{output}` holds the base `{base}`", hint="choose another output"
         )
 
 
