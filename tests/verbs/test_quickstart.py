@@ -57,5 +57,5 @@ def test_a_reload_that_predicts_otherwise_is_an_error(
 
     monkeypatch.setattr(module, "load", lambda run: load_base(demo.base_path()))
     monkeypatch.setattr(module, "STEPS", 40)
-    with pytest.raises(VerificationError, match="reloaded adapter agrees"):
+    with pytest.raises(VerificationError, match="reloaded adapter predicts otherwise"):
         quickstart(tmp_path / "q")

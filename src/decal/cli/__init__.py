@@ -95,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         reconfigure(errors="backslashreplace")
     # The hub's retries without a network are not the user's news; what comes of them is.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # oneDNN keeps 1,024 compiled kernels; every step has lengths of its own and reuses few of them.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = console.show_warning

@@ -119,7 +119,7 @@ def load_model(
         quantization = DecalQuantizationConfig(
             format=recipe.format, block_size=recipe.block_size, double=recipe.double
         )
-    with _Quiet():
+    with Quiet():
         try:
             model, report = AutoModelForCausalLM.from_pretrained(
                 _expanded(path),
@@ -178,7 +178,7 @@ def skeleton(path: str, *, revision: str | None = None, trust_remote_code: bool 
     config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
     config.quantization_config = None
     del config.quantization_config
-    with _Quiet(), torch.device("meta"):
+    with Quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model.eval()
@@ -306,7 +306,7 @@ def _quant_method(config: Any) -> str:
     return str(getattr(quantization, "quant_method", "unknown"))
 
 
-class _Quiet:
+class Quiet:
     """Keeps transformers' progress bars and load reports off the terminal; errors still raise."""
 
     def __enter__(self) -> None:

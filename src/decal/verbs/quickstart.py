@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from decal import demo
 from decal.config import DataConfig, LoraConfig, QuantConfig, RunConfig, TrainConfig
 from decal.data.stats import show_sample
 from decal.errors import VerificationError
+from decal.model.hf import Quiet
 from decal.model.inject import disabled, trainable_parameters
 from decal.model.size import weight_bytes
 from decal.report.tables import marked, size, table
@@ -26,18 +28,20 @@ from decal.train.events import Event
 from decal.verbs.load import load
 from decal.verbs.merge import merge
 from decal.verbs.session import Session, prepare
-from decal.verbs.text import complete, exact_match
+from decal.verbs.text import complete, encode_prompt, exact_match
 from decal.verbs.train import RunResult, train
 
 HELD_OUT = 500
 STEPS = 150
 """Optimizer steps where the machine is fast enough for them."""
 BATCH = 32
-SECONDS = 45.0
+SECONDS = 52.0
 """What training may take by calibration; a slower machine takes fewer steps."""
 SHOWN = 3
 AGREEMENT = 0.995
-"""Share of predictions that must survive a merge into 16 bits."""
+"""Share of predictions, ties apart, that must survive a merge into 16 bits."""
+TIE = 0.25
+"""Lead of a prediction, in logits, that bfloat16 can turn over."""
 
 
 @dataclass
@@ -97,9 +101,12 @@ def quickstart(
         base_says = _predict(session.model, session.tokenizer, test)
     adapter_says = _predict(session.model, session.tokenizer, test)
 
+    margins = _margins(session, test)
     says = _again(show, done.run, out, test, force)
-    _agree("the reloaded adapter", says["reloaded"], adapter_says, 1.0)
-    _agree("the merged model", says["merged"], adapter_says, AGREEMENT)
+    _agree("the reloaded adapter", says["reloaded"], adapter_says)
+    ties = _agree("the merged model", says["merged"], adapter_says, margins)
+    differ = f"{ties} near ties fall differently" if ties else "the same predictions"
+    say(f"reloaded: the same predictions; merged: {differ}")
     says = {"base": base_says, "adapter": adapter_says, **says}
     expected = [row.queue for row in test]
     scores = {name: exact_match(said, expected) for name, said in says.items()}
@@ -120,7 +127,8 @@ def _again(
         f"{report.targeted} tensors merged, {report.dequantized} dequantized,"
         f" {report.untouched} untouched"
     )
-    plain = AutoModelForCausalLM.from_pretrained(out / "merged", dtype="auto")
+    with Quiet():
+        plain = AutoModelForCausalLM.from_pretrained(out / "merged", dtype="auto")
     merged = _predict(plain, AutoTokenizer.from_pretrained(out / "merged"), test)
     return {"reloaded": reloaded, "merged": merged}
 
@@ -131,7 +139,7 @@ def _settings(out: Path) -> RunConfig:
         quant=QuantConfig(format="nf4", double=True),
         adapter=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05),
         data=DataConfig(path=str(out / "train.jsonl"), max_length=256, eval=0.05),
-        train=TrainConfig(max_steps=STEPS, batch_size=BATCH, lr=2e-3, eval_every=STEPS),
+        train=TrainConfig(max_steps=STEPS, batch_size=BATCH, lr=2e-3, warmup=0.1, eval_every=STEPS),
         output=str(out / "run"),
     )
 
@@ -166,16 +174,15 @@ def _prepare(show: _Show, config: RunConfig, out: Path) -> RunConfig:
 
 
 def _fitting_steps(session: Session) -> int:
-    """Steps that fit into SECONDS, from the time that two of them take (the first one warms up)."""
-    steps = session.batches.steps(0)
-    seconds = 0.0
+    """Steps that fit into SECONDS, from the quickest of four (the first one warms up)."""
+    seconds = float("inf")
     with session.training():
-        for step in (next(steps), next(steps)):
+        for step in islice(session.batches.steps(0), 4):
             begun = time.perf_counter()
             for batch in step.micro:
                 loss, _ = session.loss(batch, 0)
                 loss.backward()
-            seconds = time.perf_counter() - begun
+            seconds = min(seconds, time.perf_counter() - begun)
     return max(20, min(STEPS, int(SECONDS / max(seconds, 1e-6))))
 
 
@@ -185,13 +192,36 @@ def _predict(model: Any, tokenizer: Any, rows: Sequence[demo.TicketRow]) -> list
         return complete(model, tokenizer, prompts, max_new_tokens=8, batch_size=100)
 
 
-def _agree(what: str, says: Sequence[str], trained: Sequence[str], least: float) -> None:
-    share = sum(a == b for a, b in zip(says, trained, strict=True)) / len(trained)
-    if share < least:
+def _margins(session: Session, rows: Sequence[demo.TicketRow]) -> list[float]:
+    """How far the likeliest first token of each answer is ahead of the next, in logits."""
+    found = []
+    with torch.inference_mode():
+        for row in rows:
+            ids = torch.tensor([encode_prompt(session.tokenizer, row.messages[:-1])])
+            logits = session.model(ids.to(session.model.device), logits_to_keep=1).logits[0, -1]
+            first, second = logits.float().topk(2).values.tolist()
+            found.append(first - second)
+    return found
+
+
+def _agree(
+    what: str,
+    says: Sequence[str],
+    trained: Sequence[str],
+    margins: Sequence[float] | None = None,
+) -> int:
+    """Refuses predictions that differ; with `margins`, ties may, and are counted.
+
+    Logits of about 16 are 1/16 to 1/8 apart in bfloat16, so a lead of TIE or less is rounding.
+    """
+    differ = [i for i, (a, b) in enumerate(zip(says, trained, strict=True)) if a != b]
+    real = [i for i in differ if margins is None or margins[i] > TIE]
+    if len(real) > (0 if margins is None else (1 - AGREEMENT) * len(trained)):
         raise VerificationError(
-            f"{what} agrees with the trained one on {share:.1%} of {len(trained)} tickets,"
-            f" not on {least:.1%}"
+            f"{what} predicts otherwise on {len(real)} of {len(trained)} tickets",
+            hint="this is a bug in decal: what was saved is not what was trained",
         )
+    return len(differ)
 
 
 def _show_end(

@@ -16,16 +16,20 @@ import transformers
 from decal.config import FullConfig, RunConfig
 from decal.errors import ConfigError, OutputError
 from decal.model import hf
+from decal.model.heap import give_back_freed
 from decal.model.inject import trainable_parameters
 from decal.report.plots import loss_png
 from decal.runfile import dump_run, parse_run
 from decal.store.files import atomic_folder, write_bytes
 from decal.store.run import RunFolder
-from decal.train.events import Event, Job, Result
+from decal.train.events import Event, Job, Result, StepDone
 from decal.train.loop import train as run_loop
 from decal.verbs.load import base_fingerprint, save_adapter
 from decal.verbs.session import ADAPTER, Say, Session, prepare
 from decal.version import __version__
+
+TIDY_EVERY = 32
+"""Steps between two looks at the heap; one takes a few milliseconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +81,7 @@ def train(
         Whatever `prepare` raises.
     """
     say = say or (lambda line: None)
-    observe = observe or (lambda event: None)
+    observe = _tidy(observe or (lambda event: None))
     _refuse_contradictions(config)
     if dry_run:
         session = prepare(config, say)
@@ -108,6 +112,17 @@ def train(
         total_params=total,
         session=session,
     )
+
+
+def _tidy(observe: Callable[[Event], None]) -> Callable[[Event], None]:
+    """Gives freed memory back now and then: steps of different lengths leave holes in the heap."""
+
+    def watch(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step % TIDY_EVERY == 0:
+            give_back_freed()
+        observe(event)
+
+    return watch
 
 
 def _refuse_contradictions(config: RunConfig) -> None:
