@@ -33,14 +33,14 @@ WARMUP = 0.1
 
 
 def plan(small: bool) -> list[dict[str, Any]]:
-    """All runs, the slowest to miss first."""
+    """All runs, the large ranks first."""
     if small:
         kinds = [("full", "none", 0), ("lora", "nf4", 16), ("lora", "nf4", 1), ("lora", "none", 4)]
         return [{"method": m, "quant": q, "r": r, "seed": 0} for m, q, r in kinds]
     kinds = [("full", "none", 0)]
     kinds += [("lora", quant, r) for r in reversed(RANKS) for quant in ("nf4", "none")]
     return [
-        {"method": m, "quant": q, "r": r, "seed": seed} for seed in range(3) for m, q, r in kinds
+        {"method": m, "quant": q, "r": r, "seed": seed} for m, q, r in kinds for seed in range(3)
     ]
 
 
