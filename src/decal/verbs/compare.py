@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
 from decal.data.batch import Batch
 from decal.data.chat import Encoder
-from decal.data.pack import make_batches
+from decal.data.pack import LayoutName, make_batches
 from decal.data.source import Example, read_rows
 from decal.errors import AdapterError, DecalError
 from decal.model import attention
@@ -68,6 +68,7 @@ def compare(
 
     results: dict[str, Any] = {}
     rows = read_rows(data, limit=limit).examples if data else []
+    batches = _encoded(model, tokenizer, rows) if rows else []
     for name in (BASE_NAME, *loaded):
         active: AbstractContextManager[Any]
         active = disabled(model) if name == BASE_NAME else use(model, name)
@@ -78,7 +79,7 @@ def compare(
                 asked = [_as_prompt(p, chat) for p in prompts]
                 found["outputs"] = complete(model, tokenizer, asked, max_new_tokens=max_new_tokens)
             if rows:
-                found |= measure(model, tokenizer, rows, max_new_tokens)
+                found |= measure(model, tokenizer, rows, batches, max_new_tokens)
             results[name] = found
     path, _ = base_of(loaded[first], base)
     shown = {"prompts": list(prompts)} if prompts else {}
@@ -86,18 +87,22 @@ def compare(
 
 
 def measure(
-    model: Any, tokenizer: Any, rows: Sequence[Example], max_new_tokens: int = 64
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Example],
+    batches: Sequence[Batch],
+    max_new_tokens: int = 64,
 ) -> dict[str, Any]:
-    """Loss per trained token, perplexity, and exact match of the last answer, on rows."""
-    samples = Encoder(tokenizer, 1 << 20).encode_all(rows)
-    flat = attention.flattens(model)
-    batches = make_batches(samples, _BATCH_TOKENS, layout="flat" if flat else "padded")
+    """Loss per trained token, perplexity, and exact match of the last answer, on rows.
+
+    `batches` are the encoded rows, made once for all adapters.
+    """
     total, tokens = 0.0, 0
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for batch in batches:
-            total += _loss(model, batch.to(model.device), flat)
+            total += _loss(model, batch.to(model.device))
             tokens += batch.trained
     model.train(was_training)
     answers = complete(
@@ -121,12 +126,15 @@ def question(row: Example) -> tuple[Prompt, str]:
     return turns[:last], turns[last]["content"]
 
 
-def _loss(model: Any, batch: Batch, flat: bool) -> float:
+def _encoded(model: Any, tokenizer: Any, rows: Sequence[Example]) -> list[Batch]:
+    samples = Encoder(tokenizer, 1 << 20).encode_all(rows)
+    layout: LayoutName = "flat" if attention.flattens(model) else "padded"
+    return make_batches(samples, _BATCH_TOKENS, layout=layout)
+
+
+def _loss(model: Any, batch: Batch) -> float:
     keep = sft.trained_positions(batch)
-    if flat:
-        with attention.flat_attention(model):
-            logits = attention.forward(model, batch, keep)
-    else:
+    with attention.flat_attention(model) if batch.layout == "flat" else nullcontext():
         logits = attention.forward(model, batch, keep)
     return float(sft.loss(logits, batch.targets.flatten()[keep]))
 

@@ -104,8 +104,8 @@ def quickstart(
     margins = _margins(session, test)
     says = _again(show, done.run, out, test, force)
     _agree("the reloaded adapter", says["reloaded"], adapter_says)
-    ties = _agree("the merged model", says["merged"], adapter_says, margins)
-    differ = f"{ties} near ties fall differently" if ties else "the same predictions"
+    changed = _agree("the merged model", says["merged"], adapter_says, margins)
+    differ = f"{changed} of {len(test)} predictions differ" if changed else "the same predictions"
     say(f"reloaded: the same predictions; merged: {differ}")
     says = {"base": base_says, "adapter": adapter_says, **says}
     expected = [row.queue for row in test]
@@ -154,12 +154,10 @@ def _prepare(show: _Show, config: RunConfig, out: Path) -> RunConfig:
     session = prepare(config, lines.append)
     for line in lines[:1]:
         show.say(line)
-    trainable, total = trainable_parameters(session.model)
-    base_total = total - trainable
-    stored = weight_bytes(session.model) - 4 * trainable
+    weights, stored = _base_size(session.model)
     rows = [
-        ("16-bit", size(2 * base_total), "16.00"),
-        ("NF4, double quantization", size(stored), f"{8 * stored / base_total:.2f}"),
+        ("16-bit", size(2 * weights), "16.00"),
+        ("NF4, double quantization", size(stored), f"{8 * stored / weights:.2f}"),
     ]
     show.say(table(("stored as", "weights", "bits per weight"), rows))
     show.stage("2. one training sample, what is trained marked")
@@ -171,6 +169,12 @@ def _prepare(show: _Show, config: RunConfig, out: Path) -> RunConfig:
         show.say(f"this machine is given {steps} steps instead of {STEPS}, to end in time")
     settings = config.train.model_copy(update={"max_steps": steps, "eval_every": steps})
     return config.model_copy(update={"train": settings})
+
+
+def _base_size(model: Any) -> tuple[int, int]:
+    """(weights, stored bytes) of the base alone; the adapter on it is in float32."""
+    trainable, total = trainable_parameters(model)
+    return total - trainable, weight_bytes(model) - 4 * trainable
 
 
 def _fitting_steps(session: Session) -> int:
@@ -210,7 +214,7 @@ def _agree(
     trained: Sequence[str],
     margins: Sequence[float] | None = None,
 ) -> int:
-    """Refuses predictions that differ; with `margins`, ties may, and are counted.
+    """Refuses predictions that differ and says how many do; with `margins`, ties may.
 
     Logits of about 16 are 1/16 to 1/8 apart in bfloat16, so a lead of TIE or less is rounding.
     """
@@ -244,16 +248,14 @@ def _show_end(
 def _facts(
     done: RunResult, scores: dict[str, float], merged: Path, seconds: float
 ) -> dict[str, Any]:
-    session = done.session
-    base_total = done.total_params - done.trainable_params
-    stored = weight_bytes(session.model) - 4 * done.trainable_params
+    weights, stored = _base_size(done.session.model)
     return {
         **{f"{name}_accuracy": score for name, score in scores.items()},
         "trainable_params": done.trainable_params,
         "total_params": done.total_params,
-        "base_bytes_16bit": 2 * base_total,
+        "base_bytes_16bit": 2 * weights,
         "base_bytes_quantized": stored,
-        "bits_per_weight": 8 * stored / base_total,
+        "bits_per_weight": 8 * stored / weights,
         "adapter_bytes": sum(f.stat().st_size for f in done.weights.iterdir()),
         "peak_memory_bytes": done.result.memory.bytes,
         "train_tokens_per_second": done.result.tokens_per_second,
