@@ -130,12 +130,12 @@ def test_all_problems_come_at_once() -> None:
     ("values", "text"),
     [
         ({"adapter": {"rank": 4}}, "adapter.rank: unknown key, did you mean `r`?"),
-        ({"adapter": {"method": "lorra"}}, 'expected one of lora, full, got "lorra"'),
+        ({"adapter": {"method": "lorra"}}, 'expected one of lora, full, continue, got "lorra"'),
         ({"adapter": {"method": "full", "r": 4}}, "adapter.r: not a key of full"),
         ({"adapter": 3}, "adapter: expected text or a mapping, got 3"),
         ({"adapter": {"target_modules": [1]}}, "expected text or a list of text, got the list [1]"),
         ({"data": {"path": "d", "eval": 5}}, "below 1, text or null, got 5"),
-        ({"data": {}}, "data.path: missing, expected text: A .jsonl file"),
+        ({"data": {}}, "data.path: missing, expected text: A file"),
         ({"base": ""}, 'base.path: expected text, got ""'),
         ({"lr": 1e-4}, "lr: unknown key, did you mean `train.lr`?"),
         ({"output_dir": "x"}, "output_dir: unknown key, did you mean `output`?"),
@@ -162,3 +162,39 @@ def test_aliases_lead_to_keys_that_exist() -> None:
     known = {name for model in sections(RunConfig) for name in model.model_fields}
     assert set(ALIASES.values()) <= known
     assert not set(ALIASES) & known
+
+
+def test_a_module_has_the_rank_and_scaling_of_the_first_pattern_that_fits() -> None:
+    """Fails when patterns match anywhere in a name, or when alpha's pattern uses the default r."""
+    config = LoraConfig(
+        r=8,
+        lora_alpha=12,
+        rank_pattern={"q_proj": 4, r"layers\.[12]\.mlp\.up_proj": 2, "mlp.up_proj": 6},
+        alpha_pattern={"q_proj": 10},
+    )
+    assert config.rank_of("model.layers.0.self_attn.q_proj") == 4
+    assert config.rank_of("model.layers.0.self_attn.xq_proj") == 8
+    assert config.rank_of("model.layers.1.mlp.up_proj") == 2
+    assert config.rank_of("model.layers.3.mlp.up_proj") == 6
+    assert config.scaling_of("model.layers.0.self_attn.q_proj") == 2.5
+    assert config.scaling_of("model.layers.3.mlp.up_proj") == 2.0
+    assert config.scaling_of("model.layers.3.mlp.down_proj") == 1.5
+
+
+def test_an_adapter_to_go_on_with() -> None:
+    """Fails when `from` is dropped by the alias, or r is accepted beside it."""
+    adapter = RunConfig(**NEEDED, adapter={"from": Path("a/b")}).adapter
+    assert adapter.method == "continue"
+    assert adapter.from_ == "a/b"
+    assert "adapter.r: not a key of continue" in refused(adapter={"from": "a", "r": 4})
+
+
+def test_patterns_must_be_regular_expressions() -> None:
+    """Fails when a broken expression first shows when layers are matched."""
+    assert "`(` is no regular expression" in refused(adapter={"rank_pattern": {"(": 4}})
+    assert "mapping from text to a whole number" in refused(adapter={"rank_pattern": 4})
+
+
+def test_streaming_needs_a_limit() -> None:
+    """Fails when an endless data set may be asked for."""
+    assert "data.limit" in refused(data={"path": "a/b", "streaming": True})

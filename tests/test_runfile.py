@@ -184,17 +184,24 @@ tricky = st.sampled_from(["null", "true", "1", "1e5", "~", "no", "0x1", ".nan", 
     path=texts | tricky,
     modules=st.lists(texts | tricky, min_size=1).map(tuple) | texts | tricky,
     lr=st.floats(min_value=1e-12, max_value=1e12),
-    full=st.booleans(),
+    columns=st.dictionaries(texts | tricky, texts | tricky, max_size=3),
+    kind=st.sampled_from(["full", "lora", "continue"]),
     limit=st.none() | st.integers(min_value=1),
 )
 def test_dump_round_trips(
-    path: str, modules: str | tuple[str, ...], lr: float, full: bool, limit: int | None
+    path: str,
+    modules: str | tuple[str, ...],
+    lr: float,
+    columns: dict[str, str],
+    kind: str,
+    limit: int | None,
 ) -> None:
     """Fails when text is written without quotes although YAML reads it as something else."""
-    adapter = {"method": "full"} if full else {"r": 3, "lora_alpha": 5, "target_modules": modules}
+    lora = {"r": 3, "lora_alpha": 5, "target_modules": modules, "rank_pattern": {"q.*_proj": 2}}
+    adapter = {"full": {"method": "full"}, "lora": lora, "continue": {"from": path}}[kind]
     config = RunConfig(
         base=path,
-        data={"path": path, "limit": limit},
+        data={"path": path, "limit": limit, "columns": columns},
         output=path,
         adapter=adapter,
         train={"lr": lr},

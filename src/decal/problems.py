@@ -110,14 +110,20 @@ def _walk(model: type[BaseModel], loc: Sequence[str | int], *, unknown: bool) ->
             return _Place((*key, str(part)), models, None)
         if isinstance(part, int):
             continue  # an element of a list: the list is reported
-        owner = next((m for m in models if part in m.model_fields), None)
-        if owner is not None:
+        found = next((f for m in models for f in [_field(m, part)] if f), None)
+        if found is not None:
             key.append(part)
-            field = owner.model_fields[part]
+            field = found
             models = tuple(_models(field.annotation)) or models
         else:
             models = tuple(m for m in models if _tag(m) == part) or models
     return _Place(tuple(key), models, field)
+
+
+def _field(model: type[BaseModel], key: str) -> FieldInfo | None:
+    """The field that is written `key`."""
+    fields = model.model_fields.items()
+    return next((f for name, f in fields if key == (f.alias or name)), None)
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -181,7 +187,7 @@ def _advice(wanted: str, given: Any) -> str:
 
 def _suggestion(model: type[BaseModel], place: _Place) -> str | None:
     """The known key that was most likely meant: a neighbour, else the same name elsewhere."""
-    neighbours = [field for m in place.models for field in m.model_fields]
+    neighbours = [f.alias or name for m in place.models for name, f in m.model_fields.items()]
     name = ALIASES.get(place.key[-1], place.key[-1])
     near = nearest(name, neighbours)
     if name in neighbours or (near and not _elsewhere(model, name)):
@@ -213,6 +219,8 @@ def expects(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     if origin is tuple:
         return f"a list of {expects(get_args(annotation)[0])}"
+    if origin is dict:
+        return f"a mapping from text to {expects(get_args(annotation)[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         short = any(isinstance(m, BeforeValidator) for m in metadata)
         return "text or a mapping" if short else "a mapping"

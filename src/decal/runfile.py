@@ -262,7 +262,7 @@ def dump_run(config: RunConfig) -> str:
 
 def _section_lines(section: BaseModel) -> Iterator[str]:
     for name, field in type(section).model_fields.items():
-        line = f"  {name}: {_yaml(getattr(section, name))}"
+        line = f"  {field.alias or name}: {_yaml(getattr(section, name))}"
         doc = str(field.description).replace("\n", " ")
         if len(line) + len(doc) + 4 <= WIDTH:
             yield f"{line}  # {doc}"
@@ -286,6 +286,8 @@ def _yaml(value: Any) -> str:
     """A value of the settings in YAML's flow style, on one line."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(_yaml(v) for v in value)}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_quoted(k)}: {_yaml(v)}" for k, v in value.items()) + "}"
     if isinstance(value, str):
         return value if _is_plain(value) else _quoted(value)
     if isinstance(value, float):

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from decal.errors import BaseModelError, DecalError
-from decal.model import hf
+from decal.model import hf, names
 from decal.model.quantizer import quantizable_modules
 from decal.quant import quant_format
 from decal.quant.base import Recipe
@@ -84,7 +84,7 @@ def test_quantized_model_computes_with_the_dequantized_weights(folder: Path) -> 
 
 
 def test_same_modules_are_quantized_on_a_skeleton(folder: Path) -> None:
-    skeleton = hf.skeleton(str(folder))
+    skeleton = names.skeleton(str(folder))
     assert all(p.device.type == "meta" for p in skeleton.parameters())
     assert quantizable_modules(skeleton) == quantizable_modules(hf.load_model(str(folder)))
 
@@ -197,10 +197,10 @@ def test_name_map_follows_historic_names(folder: Path) -> None:
 
     with torch.device("meta"):
         gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=64, n_head=4, vocab_size=99))
-    names = hf.name_map(gpt2, ["h.0.attn.c_attn.weight", "wte.weight"])
-    assert names["h.0.attn.c_attn.weight"] == "transformer.h.0.attn.c_attn.weight"
-    assert names["wte.weight"] == "transformer.wte.weight"
-    assert hf.transposed_modules(gpt2) >= {"transformer.h.0.attn.c_attn"}
-    skeleton = hf.skeleton(str(folder))
+    found = names.name_map(gpt2, ["h.0.attn.c_attn.weight", "wte.weight"])
+    assert found["h.0.attn.c_attn.weight"] == "transformer.h.0.attn.c_attn.weight"
+    assert found["wte.weight"] == "transformer.wte.weight"
+    assert names.transposed_modules(gpt2) >= {"transformer.h.0.attn.c_attn"}
+    skeleton = names.skeleton(str(folder))
     keys = sorted(load_file(folder / "model.safetensors"))
-    assert hf.name_map(skeleton, keys) == {key: key for key in keys}
+    assert names.name_map(skeleton, keys) == {key: key for key in keys}

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from decal.config import LoraConfig
 from decal.errors import AdapterError, QuantError
-from decal.model import hf, inject
+from decal.model import hf, inject, switches
 from decal.model.inject import attach, detach
 from decal.quant.base import Recipe
 from decal.verbs.merge import merge_in_place
@@ -85,7 +85,7 @@ def test_dropout_of_any_name_is_off_and_comes_back() -> None:
     """Mutation: know `dropout` and `attention_dropout` only."""
     module = nn.Module()
     module.hidden_dropout, module.attn_pdrop = 0.1, 0.2  # type: ignore[assignment]
-    with hf.without_dropout(module):
+    with switches.without_dropout(module):
         assert module.hidden_dropout == module.attn_pdrop == 0.0
     assert (module.hidden_dropout, module.attn_pdrop) == (0.1, 0.2)
 

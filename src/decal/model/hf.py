@@ -11,8 +11,6 @@ log, because a randomly initialized layer trains happily and is wrong.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,16 +25,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    rename_source_key,
-)
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from decal.adapters import Lora
 from decal.errors import BaseModelError, QuantError, nearest
 from decal.model.quantizer import DecalQuantizationConfig, quantizable_modules
 from decal.model.survey import base_modules
@@ -171,103 +161,6 @@ def load_tokenizer(
             f"base `{path}` has no tokenizer that can be loaded: {_first_line(error)}",
             hint="a base needs tokenizer.json and tokenizer_config.json beside its weights",
         ) from error
-
-
-def skeleton(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model on the meta device: names and shapes, no weights read or allocated."""
-    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
-    config.quantization_config = None
-    del config.quantization_config
-    with Quiet(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    model.tie_weights()
-    return model.eval()
-
-
-def name_map(model: PreTrainedModel, file_keys: list[str]) -> dict[str, str]:
-    """File key -> name of the weight in the module tree, by transformers' own renamings.
-
-    Files on the hub carry historic names (gpt2 without `transformer.`, gamma and beta in BERT).
-    Keys that the model does not know map to themselves and are not weights of the model.
-
-    Raises:
-        BaseModelError: tensors that transformers fuses or splits on loading (experts); merging
-            into such files is not supported.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    known = model.state_dict()
-    names: dict[str, str] = {}
-    fused: list[str] = []
-    for key in file_keys:
-        name, pattern = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, known
-        )
-        if name not in known and key in known:
-            name, pattern = key, None
-        if pattern is not None:
-            fused.append(key)
-        names[key] = name
-    if fused:
-        raise BaseModelError(
-            f"{len(fused)} of {len(file_keys)} tensors are fused or split when they are loaded",
-            details=[f"first: {fused[0]}"],
-            hint="mixture-of-experts files cannot be merged into yet",
-        )
-    return names
-
-
-@contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model's own dropout is off; the adapters' is not touched.
-
-    A frozen base needs no regularization, and torch draws these masks per micro-batch, so that
-    the result of a training would depend on how its steps are cut.
-    """
-    found: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        if isinstance(module, Lora):
-            continue
-        # Architectures keep the share in attributes of many names: hidden_dropout, attn_pdrop, …
-        names = (
-            ["p"] if isinstance(module, nn.Dropout) else [n for n in vars(module) if "drop" in n]
-        )
-        for name in names:
-            value = getattr(module, name)
-            if isinstance(value, float):
-                found.append((module, name, value))
-                setattr(module, name, 0.0)
-    try:
-        yield
-    finally:
-        for module, name, value in found:
-            setattr(module, name, value)
-
-
-@contextmanager
-def checkpointed(model: Any, contexts: Callable[[], tuple[Any, Any]]) -> Iterator[None]:
-    """Inside the block layers keep no activations and run again in backward.
-
-    `contexts` is called in forward and gives the contexts of the forward and of the second run.
-    """
-    settings = {"use_reentrant": False, "context_fn": contexts}
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable(settings)
-    else:  # older transformers
-        model.gradient_checkpointing_enable(settings)
-    try:
-        yield
-    finally:
-        if hasattr(model, "activation_checkpointing_disable"):
-            model.activation_checkpointing_disable()
-        else:
-            model.gradient_checkpointing_disable()
-
-
-def transposed_modules(model: nn.Module) -> set[str]:
-    """Names of the layers whose files hold [in, out] (GPT-2's Conv1D)."""
-    return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
 def untie(model: Any, module: str) -> None:

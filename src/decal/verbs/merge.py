@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from decal.adapters.base import LowRank
 from decal.errors import AdapterError, ConfigError
-from decal.model import hf
+from decal.model import hf, names
 from decal.model.adapter import Adapter
 from decal.model.inject import adapted_layers, adapter_state, detach
 from decal.model.quantizer import quantizable_modules
@@ -133,9 +133,9 @@ def merge(
     onto = _onto(loaded, onto)
     files = open_base(hf.local_folder(path, revision))
     check_fingerprint(loaded, path, revision)
-    skeleton = hf.skeleton(path, revision=revision)
-    keys = {name: key for key, name in hf.name_map(skeleton, sorted(files.tensors)).items()}
-    transposed = hf.transposed_modules(skeleton)
+    skeleton = names.skeleton(path, revision=revision)
+    keys = {name: key for key, name in names.name_map(skeleton, sorted(files.tensors)).items()}
+    transposed = names.transposed_modules(skeleton)
     converters: dict[str, Callable[[Tensor], Tensor]] = {}
     if onto == "trained":
         as_trained = _AsTrained(loaded, path)

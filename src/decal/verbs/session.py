@@ -21,7 +21,7 @@ from decal.data.sample import Sample
 from decal.data.source import read_rows, split_eval
 from decal.data.stats import summarize
 from decal.errors import DataError
-from decal.model import attention, hf
+from decal.model import attention, switches
 from decal.model.inject import attach, trainable_line
 from decal.model.size import bits_per_weight
 from decal.objectives import OBJECTIVES
@@ -84,11 +84,11 @@ class Session:
     def training(self) -> Iterator[None]:
         """The model as the loop needs it: no dropout of its own, attention, checkpointing."""
         with ExitStack() as stack:
-            stack.enter_context(hf.without_dropout(self.model))
+            stack.enter_context(switches.without_dropout(self.model))
             if self.flat:
                 stack.enter_context(attention.flat_attention(self.model))
             if self.config.train.gradient_checkpointing:
-                stack.enter_context(hf.checkpointed(self.model, _recompute_contexts))
+                stack.enter_context(switches.checkpointed(self.model, _recompute_contexts))
             before = self.model.training
             stack.callback(self.model.train, before)
             self.model.train()
