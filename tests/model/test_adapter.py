@@ -49,7 +49,7 @@ def test_from_model_copies() -> None:
     net = model()
     attach(net, CONFIG)
     adapter = Adapter.from_model(net)
-    name, (A, _) = next(iter(adapter.tensors.items()))
+    name, (A, *_) = next(iter(adapter.tensors.items()))
     before = A.clone()
     with torch.no_grad():
         adapter_state(net)[name].A.add_(1)

@@ -71,7 +71,7 @@ def test_round_trip(tmp_path: Path) -> None:
     )
     assert found.config.scaling == 7 / 3
     assert found.tensors.keys() == meant.tensors.keys()
-    for name, (A, B) in meant.tensors.items():
+    for name, (A, B, _) in meant.tensors.items():
         assert torch.equal(found.tensors[name].A, A)
         assert torch.equal(found.tensors[name].B, B)
     assert found.metadata == {"decal.base": "abc"}

@@ -83,7 +83,7 @@ class Adapter:
         """
         peft = PeftAdapter(
             config=self.config,
-            tensors={m: LoraTensors(A, B) for m, (A, B) in self.tensors.items()},
+            tensors={m: LoraTensors(*parts) for m, parts in self.tensors.items()},
             metadata=dict(self.metadata),
             base_model_name_or_path=self.base,
             revision=self.revision,
@@ -95,7 +95,7 @@ class Adapter:
     @property
     def parameters(self) -> int:
         """Numbers in all tensors."""
-        return sum(A.numel() + B.numel() for A, B in self.tensors.values())
+        return sum(part.numel() for pair in self.tensors.values() for part in pair[:2])
 
     def _facts(self) -> list[tuple[str, str]]:
         c = self.config

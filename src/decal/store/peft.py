@@ -76,6 +76,8 @@ class LoraTensors(NamedTuple):
     """[r, in]"""
     B: Tensor
     """[out, r]"""
+    bias: Tensor | None = None
+    """[out], B's own (`lora_bias`), scaled like B A; None without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,13 @@ class PeftAdapter:
     config: LoraConfig
     tensors: dict[str, LoraTensors]
     """Module path in the model -> its factors."""
+    embeddings: frozenset[str] = frozenset()
+    """Which of these modules are embeddings: in = vocabulary, out = dimensions."""
+    full: dict[str, Tensor] = field(default_factory=dict)
+    """Parameter name in the base model -> its trained value: modules_to_save and biases."""
+    base_copies: dict[str, Tensor] = field(default_factory=dict)
+    """Parameter name in the base model -> the base's weight as peft stored it beside the adapter
+    of an embedding or a head; the base must hold the same. Never written."""
     metadata: dict[str, str] = field(default_factory=dict)
     """decal's own facts, keys `decal.*`."""
     base_model_name_or_path: str | None = None
@@ -163,7 +172,7 @@ def write_adapter(
 
 def _write_folder(folder: Path, adapter: PeftAdapter) -> None:
     tensors: dict[str, Tensor] = {}
-    for module, (A, B) in adapter.tensors.items():
+    for module, (A, B, _) in adapter.tensors.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = A.detach().to("cpu", torch.float32)
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = B.detach().to("cpu", torch.float32)
     others = {
@@ -319,7 +328,7 @@ def _load(file: TensorFile, pairs: Mapping[str, Mapping[str, str]]) -> dict[str,
         module: LoraTensors(stored[keys["A"]].float(), stored[keys["B"]].float())
         for module, keys in sorted(pairs.items())
     }
-    bad = [m for m, pair in tensors.items() if not all(bool(t.isfinite().all()) for t in pair)]
+    bad = [m for m, pair in tensors.items() if not all(bool(t.isfinite().all()) for t in pair[:2])]
     if bad:
         raise AdapterError(
             f"adapter `{file.path.parent}` holds NaN or infinity in {len(bad)} of "

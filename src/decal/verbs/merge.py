@@ -171,7 +171,7 @@ def _deltas(
 ) -> Deltas:
     scale = adapter.config.scaling
     by_key = {}
-    for module, (A, B) in adapter.tensors.items():
+    for module, (A, B, *_) in adapter.tensors.items():
         key = keys.get(f"{module}.weight", f"{module}.weight")
         by_key[key] = FileDelta(LowRank(A, B, scale, 0.0), module in transposed, module)
     return Deltas(by_key, name=str(source), trained_on=adapter.base)
