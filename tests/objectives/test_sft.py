@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from decal.data.batch import IGNORE, Batch
+from decal.data.batch import IGNORE
 from decal.data.pack import flat_batch, padded_batch
 from decal.data.sample import Sample
 from decal.errors import DataError
-from decal.objectives import OBJECTIVES, sft
+from decal.objectives import sft
 
 N, H, V = 7, 5, 13
 
@@ -171,23 +169,10 @@ def test_trained_positions() -> None:
     assert sft.trained_positions(padded_batch(samples())).tolist() == [1, 2, 6, 12, 15, 16]
 
 
-def per_sample(batch: Batch, logits: Tensor) -> tuple[Sequence[float], Sequence[int]]:
-    sums, counts = sft.loss_per_sample(logits, batch)
-    return sums.tolist(), counts.tolist()
-
-
-@pytest.mark.parametrize("build", [flat_batch, padded_batch])
-def test_loss_per_sample(build: type) -> None:
-    """Mutations: attribute a sample's last token to the next; divide by the counts."""
-    batch = build(samples())
-    logits = torch.randn(6, V, dtype=torch.float64, requires_grad=True)
-    targets = batch.targets.flatten()[sft.trained_positions(batch)]
-    each = cross_entropy(logits, targets, reduction="none").tolist()
-    sums, counts = per_sample(batch, logits)
-    assert counts == [2, 1, 3]
-    expected = [sum(each[:2]), each[2], sum(each[3:])]
-    assert sums == pytest.approx(expected, rel=1e-9)
-    assert sum(sums) == pytest.approx(sft.loss(logits, targets).item(), rel=1e-9)
+def test_targets() -> None:
+    """Mutations: give the trained tokens' predecessors; drop the ends of samples."""
+    for batch in (flat_batch(samples()), padded_batch(samples())):
+        assert sft.targets(batch).tolist() == [2, 3, 2, 3, 6, 7]
 
 
 def test_nothing_trained_is_an_error() -> None:
@@ -197,8 +182,3 @@ def test_nothing_trained_is_an_error() -> None:
         sft.trained_positions(flat_batch([row]))
     with pytest.raises(DataError, match="no token is trained"):
         sft.loss(torch.empty(0, V), torch.empty(0, dtype=torch.int64))
-
-
-def test_registry() -> None:
-    assert set(OBJECTIVES) == {"sft"}
-    assert OBJECTIVES["sft"] is sft

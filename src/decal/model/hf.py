@@ -11,6 +11,7 @@ log, because a randomly initialized layer trains happily and is wrong.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +30,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from decal.errors import BaseModelError, QuantError, nearest
+from decal.model import heads
 from decal.model.quantizer import DecalQuantizationConfig, quantizable_modules
 from decal.model.survey import base_modules
 from decal.quant.base import Recipe
@@ -54,6 +57,10 @@ class BaseInfo:
     """The hub's commit that was loaded; a branch may have moved on since. None for a folder."""
     recipe: Recipe | None
     """How the linear layers are stored; None for 16 or 32 bits."""
+    new: tuple[str, ...] = ()
+    """Parameters of a classification head that the files lack: they must be trained."""
+    chat_template: str | None = None
+    """The template that rows were rendered with, where the base has none of its own."""
 
 
 def pick_device(device: str) -> torch.device:
@@ -87,8 +94,12 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "auto",
     recipe: Recipe | None = None,
+    labels: Sequence[str] | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model, quantized while it loads if `recipe` says so.
+
+    With `labels` it is a classifier of these classes instead; a head that the files lack, or have
+    for other labels, gets starting values and is named in `decal_base.new`.
 
     Returns:
         The model in evaluation mode, its weights in `dtype` or packed, with `decal_base` set.
@@ -109,9 +120,12 @@ def load_model(
         quantization = DecalQuantizationConfig(
             format=recipe.format, block_size=recipe.block_size, double=recipe.double
         )
+    auto, same_labels = AutoModelForCausalLM, False
+    if labels is not None:
+        auto, same_labels = AutoModelForSequenceClassification, heads.relabel(config, labels)
     with Quiet():
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
+            model, report = auto.from_pretrained(
                 _expanded(path),
                 config=config,
                 revision=revision,
@@ -124,6 +138,7 @@ def load_model(
             )
         except Exception as error:
             raise _load_error(path, error) from error
+    new = heads.settle(model, report, same_labels) if labels is not None else ()
     _refuse_incomplete(path, model, report)
     model.decal_base = BaseInfo(
         path=str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path,
@@ -131,6 +146,7 @@ def load_model(
         dtype=dtype,
         commit=getattr(config, "_commit_hash", None),
         recipe=recipe,
+        new=new,
     )
     if recipe is not None:
         _refuse_unquantized(path, model)

@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from decal.errors import QuantError
+from decal.model.heads import in_head
 from decal.model.heap import give_back_freed
 from decal.quant import quant_format
 from decal.quant.base import Recipe
@@ -67,7 +68,7 @@ def quantizable_modules(model: nn.Module) -> list[str]:
         if type(module) is not nn.Linear and not isinstance(module, QuantLinear):
             continue
         kept = any(name == s or name.endswith("." + s) or f".{s}." in f".{name}." for s in skip)
-        if not kept:
+        if not kept and not in_head(model, name):
             names.append(name)
     return names
 

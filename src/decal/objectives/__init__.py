@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from decal.objectives import sft
+from decal.objectives import classify, sft
 from decal.objectives.base import Objective
 
 __all__ = ["OBJECTIVES", "Objective"]
 
-OBJECTIVES: dict[str, Objective] = {"sft": sft}
+OBJECTIVES: dict[str, Objective] = {"sft": sft, "classify": classify}

@@ -31,6 +31,7 @@ from torch import Tensor
 from decal.data.batch import IGNORE, Batch
 from decal.errors import DataError
 
+POOLS = False
 CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**25}
 """Logits per chunk: 16 MB of fp32 suit a CPU's caches and allocator, 128 MB keep a GPU busy."""
 
@@ -50,6 +51,11 @@ def trained_positions(batch: Batch) -> Tensor:
     return (batch.targets.flatten() != IGNORE).nonzero().squeeze(1)
 
 
+def targets(batch: Batch) -> Tensor:
+    """int64 [N]: the tokens that the trained positions must predict."""
+    return batch.targets.flatten()[trained_positions(batch)]
+
+
 def loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy summed over tokens, computed and summed in fp32 (fp64 for fp64 logits).
 
@@ -67,28 +73,6 @@ def loss(logits: Tensor, targets: Tensor) -> Tensor:
         raise DataError("no token is trained in a batch")
     total: Tensor = _SummedCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return total
-
-
-@torch.no_grad()
-def loss_per_sample(logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Loss sums and trained tokens of every sample, for evaluation.
-
-    Args:
-        logits: [N, V] at `trained_positions(batch)`.
-        batch: the batch they belong to.
-
-    Returns:
-        fp32 sums [n] (fp64 for fp64 logits) and int64 counts [n], in the order of `batch.rows`.
-    """
-    targets = batch.targets.to(logits.device)
-    chosen = targets != IGNORE
-    losses = _token_losses(logits, targets[chosen])
-    row, column = chosen.nonzero(as_tuple=True)
-    if batch.cu_seq_lens is not None:
-        ends = batch.cu_seq_lens[1:].to(logits.device, torch.int64)
-        row = torch.searchsorted(ends, column, right=True)
-    sums = losses.new_zeros(len(batch.rows)).index_add_(0, row, losses)
-    return sums, torch.bincount(row, minlength=len(batch.rows))
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
