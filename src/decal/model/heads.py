@@ -20,6 +20,9 @@ from decal.adapters.init import module_generator
 from decal.errors import BaseModelError
 
 
+_CLASSIFIER = "ForSequenceClassification"
+
+
 def relabel(config: Any, labels: Sequence[str]) -> bool:
     """Makes a model's config that of a classifier of `labels`; True if it was one already.
 
@@ -38,10 +41,25 @@ def relabel(config: Any, labels: Sequence[str]) -> bool:
 
 def labels_of(model: Any) -> tuple[str, ...] | None:
     """The class names of a classifier in the order of its logits; None for other models."""
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        return None
-    names = model.config.id2label
-    return tuple(str(names[i]) for i in range(model.config.num_labels))
+    return _names(model.config) if type(model).__name__.endswith(_CLASSIFIER) else None
+
+
+def stored_labels(config: Any) -> tuple[str, ...] | None:
+    """The class names in the config of a stored classifier; None for other models."""
+    architectures = getattr(config, "architectures", None) or [""]
+    return _names(config) if architectures[0].endswith(_CLASSIFIER) else None
+
+
+def _names(config: Any) -> tuple[str, ...]:
+    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+
+
+def set_padding(model: Any, tokenizer: Any) -> None:
+    """Gives a classifier a padding token: causal ones read the last token that is not padding."""
+    config = model.config.get_text_config()
+    if config.pad_token_id is None:
+        pad = tokenizer.pad_token_id
+        config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
 
 
 def in_head(model: Any, name: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,14 +12,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from decal.config import QuantConfig
 from decal.errors import AdapterError, BaseModelError, QuantError
-from decal.model import hf
+from decal.model import heads, hf
 from decal.model.adapter import Adapter
 from decal.model.inject import attach
 from decal.quant import quant_format
 from decal.quant.base import Recipe
 from decal.store.base import open_base
 from decal.store.fingerprint import fingerprint
-from decal.verbs.target import BASE, QUANTIZER, base_of, metadata_json, read, resolve
+from decal.verbs.target import (
+    BASE,
+    CHAT_TEMPLATE,
+    LABELS,
+    QUANTIZER,
+    base_of,
+    metadata_json,
+    read,
+    resolve,
+)
 from decal.version import __version__
 
 Quant = Literal["none", "nf4"] | QuantConfig | None
@@ -53,6 +63,7 @@ def load_base(
     device: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    labels: Sequence[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a base model and its tokenizer, quantized while loading if asked for.
 
@@ -61,6 +72,7 @@ def load_base(
         quant: `none`, `nf4`, or a QuantConfig.
         dtype: what the model computes in.
         device: `auto`, or a torch device name.
+        labels: load a classifier of these classes instead of a language model.
 
     Raises:
         BaseModelError: no such model, or files that do not fill it.
@@ -73,8 +85,11 @@ def load_base(
         dtype=as_dtype(dtype),
         device=device,
         recipe=as_recipe(quant),
+        labels=labels,
     )
     tokenizer = hf.load_tokenizer(str(path), revision=revision, trust_remote_code=trust_remote_code)
+    if labels is not None:
+        heads.set_padding(model, tokenizer)
     return model, tokenizer
 
 
@@ -111,7 +126,13 @@ def load(
             )
         _, read_in = read(adapter)
         return load_adapter(read_in, found.path, device, trust_remote_code)
-    return load_base(found.path, device=device, trust_remote_code=trust_remote_code)
+    config = hf.load_config(found.path, trust_remote_code=trust_remote_code)
+    return load_base(
+        found.path,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        labels=heads.stored_labels(config),
+    )
 
 
 def load_adapter(
@@ -132,12 +153,38 @@ def load_adapter(
         device=device,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        labels=labels_of(adapter),
     )
+    template = adapter.metadata.get(CHAT_TEMPLATE)
+    if template is not None and tokenizer.chat_template is None:
+        tokenizer.chat_template = template
     check_identity(adapter, hf.quantizer_identity(model), path)
     check_fingerprint(adapter, path, revision)
     attach(model, adapter, name)
     model.eval()
     return model, tokenizer
+
+
+def labels_of(adapter: Adapter) -> tuple[str, ...] | None:
+    """The class names of a classification adapter; None for a language model's.
+
+    An adapter of another tool records none, and its head says how many there are.
+
+    Raises:
+        AdapterError: a classification adapter without a head.
+    """
+    recorded = metadata_json(adapter, LABELS)
+    if recorded is not None:
+        return tuple(recorded)
+    if adapter.task_type != "SEQ_CLS":
+        return None
+    rows = [tensor.shape[0] for name, tensor in adapter.full.items() if tensor.ndim == 2]
+    if not rows:
+        raise AdapterError(
+            f"adapter `{adapter.source}` classifies, but holds no head",
+            hint="train it again with its head in modules_to_save",
+        )
+    return tuple(f"LABEL_{i}" for i in range(min(rows)))  # hidden layers of a head are wider
 
 
 def recorded_quant(recorded: dict[str, Any] | None) -> QuantConfig:
@@ -204,8 +251,14 @@ def adapter_of(model: PreTrainedModel, name: str = "default") -> Adapter:
     """The attached adapter as an object, with base, fingerprint and quantizer recorded."""
     info: hf.BaseInfo | None = getattr(model, "decal_base", None)
     metadata = {"decal.version": __version__}
+    facts: dict[str, Any] = {"metadata": metadata}
+    if labels := heads.labels_of(model):
+        metadata[LABELS] = json.dumps(labels)
+        facts["task_type"] = "SEQ_CLS"
     if info is None:
-        return Adapter.from_model(model, name, metadata=metadata)
+        return Adapter.from_model(model, name, **facts)
+    if info.chat_template is not None:
+        metadata[CHAT_TEMPLATE] = info.chat_template
     base = {
         "path": info.path,
         "revision": info.revision,
@@ -225,9 +278,7 @@ def adapter_of(model: PreTrainedModel, name: str = "default") -> Adapter:
             },
             sort_keys=True,
         )
-    return Adapter.from_model(
-        model, name, metadata=metadata, base=info.path, revision=info.revision
-    )
+    return Adapter.from_model(model, name, **facts, base=info.path, revision=info.revision)
 
 
 def base_fingerprint(path: str, revision: str | None) -> str:

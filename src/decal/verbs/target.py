@@ -16,7 +16,8 @@ from decal.model.hf import may_be_on_hub, near_path
 
 QUANTIZER = "decal.quantizer"
 BASE = "decal.base"
-RUN = "decal.run"
+LABELS = "decal.labels"
+CHAT_TEMPLATE = "decal.chat_template"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +95,8 @@ def base_of(adapter: Adapter, given: str | None = None) -> tuple[str, str | None
     return path, recorded.get("commit") or adapter.revision
 
 
-def metadata_json(adapter: Adapter, key: str) -> dict[str, Any] | None:
-    """One of decal's own metadata entries, parsed; None where there is none."""
+def metadata_json(adapter: Adapter, key: str) -> Any:
+    """One of decal's own metadata entries, a JSON mapping or list; None where there is none."""
     text = adapter.metadata.get(key)
     if text is None:
         return None
@@ -103,4 +104,4 @@ def metadata_json(adapter: Adapter, key: str) -> dict[str, Any] | None:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise AdapterError(f"metadata `{key}` of the adapter is not JSON: {error}") from None
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict | list) else None
