@@ -245,7 +245,10 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(what: str) -> None:
 
 def test_other_formats_are_refused_by_name() -> None:
     """Fails if any 4-bit checkpoint is read as NF4."""
-    with pytest.raises(QuantError, match="quantized as `fp4`"):
-        from_bnb(NAME, state_of(bnb_layer(True, 64, torch.float32, fmt="fp4")))
+    tensors = state_of(bnb_layer(True, 64, torch.float32))
+    key = f"{NAME}.weight.quant_state.bitsandbytes__"
+    tensors[key + "af4"] = tensors.pop(key + "nf4")
+    with pytest.raises(QuantError, match="quantized as `af4`"):
+        from_bnb(NAME, tensors)
     with pytest.raises(QuantError, match="`int3`"):
         to_bnb(NAME, Packed(recipe=Recipe(format="int3"), shape=(1, 1), dtype=torch.half, parts={}))

@@ -121,6 +121,9 @@ def test_every_op_explains_its_backend() -> None:
         "dynamic_map",
         "quantize_8bit",
         "dequantize_8bit",
+        "quantize_rows",
+        "dequantize_rows",
+        "int8_matmul",
         "dropout_keep",
         "attention_flat",
     }

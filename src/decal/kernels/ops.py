@@ -13,7 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from decal.kernels import reference_attention, reference_dropout, reference_quant
+from decal.kernels import (
+    reference_attention,
+    reference_dropout,
+    reference_int8,
+    reference_quant,
+)
 
 
 class Choice(NamedTuple):
@@ -29,6 +34,9 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
     "dynamic_map": {"torch": reference_quant.dynamic_map},
     "quantize_8bit": {"torch": reference_quant.quantize_8bit},
     "dequantize_8bit": {"torch": reference_quant.dequantize_8bit},
+    "quantize_rows": {"torch": reference_int8.quantize_rows},
+    "dequantize_rows": {"torch": reference_int8.dequantize_rows},
+    "int8_matmul": {"torch": reference_int8.int8_matmul},
     "dropout_keep": {"torch": reference_dropout.dropout_keep},
     "attention_flat": {"torch": reference_attention.attention_flat},
 }
@@ -74,6 +82,21 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
 def dequantize_8bit(index: Tensor, absmax: Tensor, code: Tensor, block_size: int) -> Tensor:
     """uint8 [n] and float32 scales -> float32 [n]."""
     return _run("dequantize_8bit")(index, absmax, code, block_size)
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [n, k] -> int8 [n, k], float32 absmax [n]."""
+    return _run("quantize_rows")(x)
+
+
+def dequantize_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+    """int8 [n, k] and float32 scales [n] -> [n, k] in `dtype`."""
+    return _run("dequantize_rows")(codes, absmax, dtype)
+
+
+def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """int8 [n, k] times the transpose of int8 [m, k] -> int32 [n, m], exact."""
+    return _run("int8_matmul")(a, b)
 
 
 def dropout_keep(

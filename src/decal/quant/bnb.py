@@ -1,7 +1,7 @@
-"""bitsandbytes' checkpoint keys for 4-bit weights, read and written.
+"""bitsandbytes' checkpoint keys, and the settings beside them in config.json, read and written.
 
 Knows key names and the JSON inside; no modules, no files. The bytes of codes and scales are the
-packed weight's own; only names, the codebooks and a small JSON are added:
+packed weight's own; only names, the codebooks and a small JSON are added. 4-bit formats:
 
     <name>.weight                                  uint8 [n / 2, 1]
     <name>.weight.absmax                           float32, or uint8 with double quantization
@@ -11,6 +11,15 @@ packed weight's own; only names, the codebooks and a small JSON are added:
     <name>.weight.quant_state.bitsandbytes__<fmt>  uint8: JSON of quant_type, blocksize, dtype,
                                                    shape; double: nested_blocksize, nested_dtype,
                                                    nested_offset
+
+LLM.int8:
+
+    <name>.weight          int8 [out, in]
+    <name>.SCB             float32 [out]
+    <name>.weight_format   uint8 []: 0 is row-major, the only one that is written today
+
+Shapes are those of the logical weight [out, in], for GPT-2's Conv1D as well, whose plain files hold
+[in, out]. config.json does not say the block size; each weight's JSON does.
 """
 
 from __future__ import annotations
@@ -26,8 +35,10 @@ from decal.errors import QuantError
 from decal.quant import FORMATS
 from decal.quant.base import Packed, Recipe
 from decal.quant.codebook import NESTED_BLOCK_SIZE, CodebookFormat, check_recipe, nested_map
+from decal.quant.int8 import INT8, OUTLIER
 
-_STATE = "quant_state.bitsandbytes__"
+STATE = "quant_state.bitsandbytes__"
+_LONGEST_FLOAT = -1.2345678901234567e-100
 _MAP_TOLERANCE = 1e-6
 """Older versions computed the maps in another order of float32 operations."""
 
@@ -39,55 +50,103 @@ def _codebook(name: str, fmt: str) -> CodebookFormat:
     return found
 
 
-def to_bnb(name: str, packed: Packed) -> dict[str, Tensor]:
+def to_bnb(name: str, packed: Packed, *, padded: bool = False) -> dict[str, Tensor]:
     """The checkpoint tensors of the linear called `name`; parts are shared, not copied.
 
+    Args:
+        padded: fill the JSON with blanks to the length that `bnb_shapes` announces.
+
     Raises:
-        QuantError: the format is not one of bitsandbytes' 4-bit formats.
+        QuantError: the format is not one of bitsandbytes'.
     """
+    if packed.recipe.format == INT8.name:
+        rows = torch.zeros((), dtype=torch.uint8, device=packed.parts["CB"].device)
+        codes, scales = packed.parts["CB"], packed.parts["SCB"]
+        return {f"{name}.weight": codes, f"{name}.SCB": scales, f"{name}.weight_format": rows}
     fmt = _codebook(name, packed.recipe.format)
     codes = packed.parts["weight_packed"]
-    state: dict[str, Any] = {
-        "quant_type": fmt.name,
-        "blocksize": packed.recipe.block_size,
-        "dtype": str(packed.dtype).removeprefix("torch."),
-        "shape": list(packed.shape),
-    }
+    offset = packed.parts["nested_offset"].item() if packed.recipe.double else None
+    text = _state_text(packed.recipe, packed.shape, packed.dtype, offset)
+    if padded:
+        text = text.ljust(_state_length(packed.recipe, packed.shape, packed.dtype))
     tensors = {
         "absmax": packed.parts["absmax"],
         "quant_map": fmt.code(codes.device).clone(),
     }
     if packed.recipe.double:
+        tensors["nested_absmax"] = packed.parts["nested_absmax"]
+        tensors["nested_quant_map"] = nested_map(codes.device).clone()
+    state = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    tensors[STATE + fmt.name] = state.to(codes.device)
+    prefix = f"{name}.weight"
+    return {prefix: codes, **{f"{prefix}.{key}": value for key, value in tensors.items()}}
+
+
+def bnb_shapes(
+    name: str, shape: tuple[int, int], recipe: Recipe, dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Keys, shapes and dtypes of `to_bnb(…, padded=True)` for a weight [out, in] of `dtype`."""
+    if recipe.format == INT8.name:
+        parts = INT8.part_shapes(shape, recipe)
+        return {
+            f"{name}.weight": parts["CB"],
+            f"{name}.SCB": parts["SCB"],
+            f"{name}.weight_format": ((), torch.uint8),
+        }
+    fmt = _codebook(name, recipe.format)
+    parts = fmt.part_shapes(shape, recipe)
+    prefix = f"{name}.weight"
+    shapes = {prefix: parts["weight_packed"], f"{prefix}.absmax": parts["absmax"]}
+    shapes[f"{prefix}.quant_map"] = ((16,), torch.float32)
+    if recipe.double:
+        shapes[f"{prefix}.nested_absmax"] = parts["nested_absmax"]
+        shapes[f"{prefix}.nested_quant_map"] = ((256,), torch.float32)
+    shapes[f"{prefix}.{STATE}{fmt.name}"] = ((_state_length(recipe, shape, dtype),), torch.uint8)
+    return shapes
+
+
+def _state_text(
+    recipe: Recipe, shape: tuple[int, int], dtype: torch.dtype, offset: float | None
+) -> str:
+    state: dict[str, Any] = {
+        "quant_type": recipe.format,
+        "blocksize": recipe.block_size,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+    }
+    if offset is not None:
         state |= {
             "nested_blocksize": NESTED_BLOCK_SIZE,
             "nested_dtype": "float32",
-            "nested_offset": packed.parts["nested_offset"].item(),
+            "nested_offset": offset,
         }
-        tensors["nested_absmax"] = packed.parts["nested_absmax"]
-        tensors["nested_quant_map"] = nested_map(codes.device).clone()
-    text = bytearray(json.dumps(state).encode())
-    tensors[_STATE + fmt.name] = torch.frombuffer(text, dtype=torch.uint8).to(codes.device)
-    prefix = f"{name}.weight"
-    return {prefix: codes, **{f"{prefix}.{key}": value for key, value in tensors.items()}}
+    return json.dumps(state)
+
+
+def _state_length(recipe: Recipe, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    longest = _LONGEST_FLOAT if recipe.double else None
+    return len(_state_text(recipe, shape, dtype, longest))
 
 
 def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> Packed:
     """The packed weight of the linear called `name` from checkpoint tensors; others are ignored.
 
-    Weights stored in another dtype than uint8 (`bnb_4bit_quant_storage`) are viewed as bytes.
+    4-bit weights stored in another dtype than uint8 (`bnb_4bit_quant_storage`) are viewed as bytes.
 
     Raises:
         QuantError: missing or contradicting tensors, a format or codebook decal does not know.
     """
     prefix = f"{name}.weight"
+    if f"{name}.SCB" in tensors:
+        return _from_int8(name, tensors)
     own = {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
-    states = [k for k in own if k.startswith(_STATE)]
+    states = [k for k in own if k.startswith(STATE)]
     if prefix not in tensors or len(states) != 1:
         raise QuantError(
             f"`{prefix}` is not a 4-bit bitsandbytes weight: {len(states)} keys "
-            f"`{prefix}.{_STATE}…`, expected one beside the weight"
+            f"`{prefix}.{STATE}…`, expected one beside the weight"
         )
-    fmt = _codebook(name, states[0].removeprefix(_STATE))
+    fmt = _codebook(name, states[0].removeprefix(STATE))
     state = _state(prefix, own[states[0]])
     double = "nested_absmax" in own
     recipe = Recipe(format=fmt.name, block_size=int(state["blocksize"]), double=double)
@@ -113,6 +172,31 @@ def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> Packed:
     return packed
 
 
+def _from_int8(name: str, tensors: Mapping[str, Tensor]) -> Packed:
+    codes, scales = tensors.get(f"{name}.weight"), tensors[f"{name}.SCB"]
+    layout = tensors.get(f"{name}.weight_format")
+    sound = codes is not None and codes.dtype == torch.int8 and codes.ndim == 2
+    if codes is None or not sound or scales.dtype != torch.float32:
+        kind = "no weight" if codes is None else f"{codes.dtype} {list(codes.shape)}"
+        raise QuantError(f"`{name}.weight` is no int8 matrix with float32 scales: {kind}")
+    if scales.shape != codes.shape[:1]:
+        raise QuantError(
+            f"`{name}.SCB` holds {scales.numel()} scales, `{name}.weight` has {len(codes)} rows"
+        )
+    if layout is not None and (layout.numel() != 1 or int(layout) != 0):
+        raise QuantError(
+            f"`{name}.weight` is stored in an order made for one kind of GPU "
+            f"(weight_format {layout.tolist()}), decal reads row-major ones",
+            hint="load and save it with a current bitsandbytes",
+        )
+    return Packed(
+        recipe=Recipe(format=INT8.name),
+        shape=(codes.shape[0], codes.shape[1]),
+        dtype=torch.float16,
+        parts={"CB": codes, "SCB": scales},
+    )
+
+
 def _state(prefix: str, tensor: Tensor) -> dict[str, Any]:
     """The JSON beside a weight, with every field that is read present."""
     try:
@@ -122,9 +206,9 @@ def _state(prefix: str, tensor: Tensor) -> dict[str, Any]:
         sound = not missing and len(state["shape"]) == 2
         sound = sound and isinstance(getattr(torch, state["dtype"], None), torch.dtype)
     except (ValueError, TypeError) as error:
-        raise QuantError(f"`{prefix}.{_STATE}…` is not readable JSON: {error}") from error
+        raise QuantError(f"`{prefix}.{STATE}…` is not readable JSON: {error}") from error
     if not sound:
-        raise QuantError(f"`{prefix}.{_STATE}…` does not describe a linear weight: {state}")
+        raise QuantError(f"`{prefix}.{STATE}…` does not describe a linear weight: {state}")
     result: dict[str, Any] = state
     return result
 
@@ -162,3 +246,56 @@ def _check_parts(prefix: str, packed: Packed, fmt: CodebookFormat) -> None:
             f"{len(packed.parts)} tensors do not fit",
             details=wrong,
         )
+
+
+def describe_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a model folder's config.json says of bitsandbytes' quantization, None if nothing.
+
+    Returns:
+        `format` (nf4, fp4 or int8), `double` (4-bit only), `compute_dtype` (4-bit only) and
+        `skip_modules`. The block size is not there: it stands with each weight.
+    """
+    stored = config.get("quantization_config")
+    if not isinstance(stored, Mapping):
+        return None
+    # transformers wrote no quant_method before 4.35.
+    if stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return None
+    skipped = list(stored.get("llm_int8_skip_modules") or ())
+    if stored.get("load_in_4bit"):
+        return {
+            "format": str(stored.get("bnb_4bit_quant_type", "fp4")),
+            "double": bool(stored.get("bnb_4bit_use_double_quant", False)),
+            "compute_dtype": str(stored.get("bnb_4bit_compute_dtype", "float32")),
+            "skip_modules": skipped,
+        }
+    if stored.get("load_in_8bit"):
+        return {"format": INT8.name, "skip_modules": skipped}
+    return None
+
+
+def quantization_config(recipe: Recipe, dtype: torch.dtype, skipped: list[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json by which transformers loads such a folder.
+
+    Args:
+        dtype: what 4-bit weights compute in.
+        skipped: names of the linear layers that are not quantized.
+    """
+    int8 = recipe.format == INT8.name
+    settings: dict[str, Any] = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": not int8,
+        "load_in_8bit": int8,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": skipped or None,
+        "llm_int8_threshold": OUTLIER,
+    }
+    if not int8:
+        settings |= {
+            "bnb_4bit_quant_type": recipe.format,
+            "bnb_4bit_use_double_quant": recipe.double,
+            "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+        }
+    return settings

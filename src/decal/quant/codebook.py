@@ -30,7 +30,7 @@ from torch import Tensor
 
 from decal.errors import QuantError
 from decal.kernels import ops
-from decal.quant.base import Packed, Recipe
+from decal.quant.base import Packed, Recipe, check_weight
 
 NESTED_BLOCK_SIZE = 256
 """Scales that share one scale of their own."""
@@ -54,6 +54,7 @@ class CodebookFormat:
 
     name: str
     values: tuple[float, ...]
+    blocks: bool = True
 
     def code(self, device: torch.device) -> Tensor:
         """The values as float32 [16]; entry i is what code i stands for."""
@@ -66,7 +67,8 @@ class CodebookFormat:
             QuantError: not two-dimensional, empty, not floating, NaN or infinite values, or a
                 block size that bitsandbytes does not know.
         """
-        self._check(weight, recipe)
+        check_recipe(recipe)
+        check_weight(self.name, weight)
         flat = weight.detach().reshape(-1)
         packed, absmax = ops.quantize_4bit(flat, self.code(flat.device), recipe.block_size)
         parts = {"weight_packed": packed, "absmax": absmax}
@@ -114,6 +116,10 @@ class CodebookFormat:
         """grad [..., out] times the weight -> [..., in] in grad's dtype."""
         return torch.matmul(grad, self.dequantize(packed, grad.dtype))
 
+    def infer(self, x: Tensor, packed: Packed) -> Tensor:
+        """`matmul`: activations are never quantized."""
+        return self.matmul(x, packed)
+
     def part_shapes(
         self, shape: tuple[int, int], recipe: Recipe
     ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -128,27 +134,6 @@ class CodebookFormat:
             parts["nested_absmax"] = ((-(-scales // NESTED_BLOCK_SIZE),), torch.float32)
             parts["nested_offset"] = ((), torch.float32)
         return parts
-
-    def _check(self, weight: Tensor, recipe: Recipe) -> None:
-        check_recipe(recipe)
-        shape = list(weight.shape)
-        if weight.ndim != 2 or not weight.numel():
-            raise QuantError(f"{self.name} holds weights of two dimensions, this one is {shape}")
-        if not weight.is_floating_point():
-            raise QuantError(
-                f"{self.name} quantizes floating weights, this one {shape} is {weight.dtype}",
-                hint="it may be quantized already",
-            )
-        low, high = torch.aminmax(weight.detach())
-        # The sum of finite float32 limits may overflow, so each is tested by itself.
-        if not bool((low.float().isfinite() & high.float().isfinite()).item()):
-            bad = ~weight.detach().float().isfinite()
-            row, column = bad.nonzero()[0].tolist()
-            raise QuantError(
-                f"weight {shape} holds {int(bad.sum())} values that are NaN or infinite in float32",
-                details=[f"the first is {float(weight[row, column])} at [{row}, {column}]"],
-                hint="the checkpoint is damaged, or was saved in a dtype too small for it",
-            )
 
 
 def check_recipe(recipe: Recipe) -> None:

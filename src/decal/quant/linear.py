@@ -57,13 +57,24 @@ class QuantLinear(nn.Module):
     The parts are parameters without gradient under the format's part names. `.to()`, `.half()`
     and the like move them between devices but never cast them; they change `compute_dtype` and the
     bias only.
+
+    `transposed_source` says that the layer stands for one whose files hold [in, out] (GPT-2's
+    Conv1D). The packed weight is [out, in] all the same; PEFT's `fan_in_fan_out` needs to know.
     """
 
     kind = "linear"
 
-    def __init__(self, packed: Packed, bias: Tensor | None, compute_dtype: torch.dtype):
+    def __init__(
+        self,
+        packed: Packed,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype,
+        *,
+        transposed_source: bool = False,
+    ):
         """Takes over `packed` and `bias` [out] as they are; `compute_dtype` is weight()'s."""
         super().__init__()
+        self.transposed_source = transposed_source
         self.recipe = packed.recipe
         self.shape = packed.shape
         self.out_features, self.in_features = packed.shape
@@ -115,11 +126,22 @@ class QuantLinear(nn.Module):
         return quant_format(self.recipe.format).dequantize(self.packed, self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out], computed in x's dtype."""
+        """x [..., in] -> [..., out], computed in x's dtype.
+
+        In training, or where a gradient is needed, the product is that with `weight()`; else it is
+        the format's own for inference, which for int8 quantizes x too.
+        """
         kind = x.device.type
         if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        return _QuantMatmul.apply(x, self.bias, self.packed)
+        if self.training or (torch.is_grad_enabled() and self._needs_grad(x)):
+            return _QuantMatmul.apply(x, self.bias, self.packed)
+        with torch.no_grad():
+            y = quant_format(self.recipe.format).infer(x, self.packed)
+            return y if self.bias is None else y.add_(self.bias.to(y.dtype))
+
+    def _needs_grad(self, x: Tensor) -> bool:
+        return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary layer with the dequantized weight in `dtype`."""
