@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 import transformers as tf
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
 
 VOCABULARY = 263
 """A prime: the tokenizer has 259 tokens, and the last rows are never read, as in real models."""
@@ -233,3 +237,58 @@ def save(name: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int 
     build(name, dtype, seed).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+def _old_gpt2(tensors: Tensors) -> Tensors:
+    old = {key.removeprefix("transformer."): t for key, t in tensors.items()}
+    for i in range(2):
+        old[f"h.{i}.attn.bias"] = torch.ones(1, 1, 512, 512).tril()
+        old[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    return old
+
+
+def _old_neox(tensors: Tensors) -> Tensors:
+    old = dict(tensors)
+    for i in range(2):
+        attention = f"gpt_neox.layers.{i}.attention"
+        old[f"{attention}.bias"] = torch.ones(1, 1, 512, 512, dtype=torch.bool).tril()
+        old[f"{attention}.masked_bias"] = torch.tensor(-1e9)
+        old[f"{attention}.rotary_emb.inv_freq"] = torch.ones(2)
+    return old
+
+
+def _old_llama(tensors: Tensors) -> Tensors:
+    old = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(5) for i in range(2)}
+    return {**tensors, **old, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+
+
+def _old_bert(tensors: Tensors) -> Tensors:
+    gamma, beta = ("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")
+    old = {key.replace(*gamma).replace(*beta): t for key, t in tensors.items()}
+    return {**old, "bert.embeddings.position_ids": torch.arange(514)[None]}
+
+
+def _old_roberta(tensors: Tensors) -> Tensors:
+    return {**tensors, "roberta.embeddings.position_ids": torch.arange(514)[None]}
+
+
+HISTORIC: dict[str, Callable[[Tensors], Tensors]] = {
+    "gpt2": _old_gpt2,
+    "gpt_neox": _old_neox,
+    "llama": _old_llama,
+    "bert": _old_bert,
+    "roberta": _old_roberta,
+}
+"""Names that the hub's old files use, and what they hold besides weights: masks, positions."""
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], Tensors]) -> Path:
+    """Changes the tensors in a folder written by `save`."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    return folder
+
+
+def save_historic(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    """As `save`, with the keys and the leftovers of an old file of this architecture."""
+    return rewrite(save(name, folder, dtype), HISTORIC[name])
