@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from decal.config import SHORTHAND, LoraConfig, RunConfig, TrainConfig
 from decal.errors import ConfigError
-from decal.problems import ALIASES
+from decal.problems import ALIASES, NEEDLESS
 
 NEEDED = {"base": "b", "data": "d.jsonl", "output": "o"}
 
@@ -140,6 +140,8 @@ def test_all_problems_come_at_once() -> None:
         ({"lr": 1e-4}, "lr: unknown key, did you mean `train.lr`?"),
         ({"output_dir": "x"}, "output_dir: unknown key, did you mean `output`?"),
         ({"max_seq_length": 8}, "unknown key, did you mean `data.max_length`?"),
+        ({"load_in_8bit": True}, "unknown key, did you mean `quant`?"),
+        ({"train": {"packing": True}}, "train.packing: unknown key, leave it out: batches are"),
     ],
 )
 def test_section_errors_carry_no_union_noise(values: dict[str, Any], text: str) -> None:
@@ -159,9 +161,13 @@ def test_full_training_of_a_quantized_base_is_refused() -> None:
 
 def test_aliases_lead_to_keys_that_exist() -> None:
     """Fails when a field is renamed and the table still names the old one."""
-    known = {name for model in sections(RunConfig) for name in model.model_fields}
+    known = {
+        field.alias or name
+        for model in sections(RunConfig)
+        for name, field in model.model_fields.items()
+    }
     assert set(ALIASES.values()) <= known
-    assert not set(ALIASES) & known
+    assert not {*ALIASES, *NEEDLESS} & known
 
 
 def test_a_module_has_the_rank_and_scaling_of_the_first_pattern_that_fits() -> None:

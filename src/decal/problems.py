@@ -27,28 +27,58 @@ Key = tuple[str, ...]
 MOST_SHOWN = 20
 
 ALIASES = {
+    "adapter_name_or_path": "from",
     "alpha": "lora_alpha",
+    "bf16": "dtype",
+    "bnb_4bit_compute_dtype": "dtype",
+    "bnb_4bit_quant_type": "format",
+    "bnb_4bit_use_double_quant": "double",
     "bs": "batch_size",
     "dataset": "data",
+    "dataset_name": "data",
+    "device_map": "device",
     "dropout": "lora_dropout",
+    "early_stopping_patience": "early_stopping",
+    "eval_dataset": "eval",
     "eval_steps": "eval_every",
+    "fp16": "dtype",
+    "gradient_accumulation_steps": "batch_size",
     "learning_rate": "lr",
+    "llm_int8_skip_modules": "skip_modules",
     "load_in_4bit": "quant",
+    "load_in_8bit": "quant",
     "lr_scheduler_type": "schedule",
     "max_seq_length": "max_length",
+    "max_train_samples": "limit",
+    "micro_batch_size": "micro_batch_tokens",
     "model": "base",
     "model_name_or_path": "base",
     "num_epochs": "epochs",
     "num_train_epochs": "epochs",
+    "optim": "optimizer",
     "output_dir": "output",
     "per_device_train_batch_size": "batch_size",
     "quantization": "quant",
     "rank": "r",
     "save_steps": "save_every",
     "task": "objective",
+    "task_type": "objective",
+    "torch_dtype": "dtype",
     "warmup_ratio": "warmup",
 }
 """Names of the same thing in tutorials for other libraries."""
+
+NEEDLESS = {
+    "assistant_only_loss": "the assistant's tokens alone are trained",
+    "completion_only_loss": "the completion's tokens alone are trained",
+    "fan_in_fan_out": "the base says how its weights lie",
+    "group_by_length": "batches are flattened, nothing is padded",
+    "inference_mode": "an adapter is trainable where it is trained",
+    "logging_steps": "every step is recorded",
+    "packing": "batches are flattened, nothing is padded",
+    "remove_unused_columns": "columns that are not used are named and left alone",
+}
+"""Settings of other libraries that have no counterpart, and why none is needed."""
 
 
 class Problem(NamedTuple):
@@ -143,6 +173,8 @@ def _tag(model: type[BaseModel]) -> Any:
 def _problem(model: type[BaseModel], place: _Place, item: Any) -> Problem:
     kind, given = item["type"], item["input"]
     if kind == "extra_forbidden":
+        if place.key[-1] in NEEDLESS:
+            return Problem(place.key, f"unknown key, leave it out: {NEEDLESS[place.key[-1]]}")
         meant = _suggestion(model, place)
         if meant == dotted(place.key):
             return Problem(
