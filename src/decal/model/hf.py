@@ -10,14 +10,12 @@ log, because a randomly initialized layer trains happily and is wrong.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -29,17 +27,15 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from decal.errors import BaseModelError, QuantError, nearest
+from decal.errors import BaseModelError, QuantError
 from decal.model import heads
+from decal.model.hub import commit_of, may_be_on_hub, model_folder, near_path, split_revision
 from decal.model.quantizer import DecalQuantizationConfig, quantizable_modules
 from decal.model.survey import base_modules
 from decal.quant.base import Recipe
 from decal.quant.identity import identity
 from decal.quant.linear import QuantLinear
-
-_MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*")
-_OTHER_COPIES = ("*/*.safetensors", "consolidated*.safetensors")
-"""The same weights once more, for other programs (Mistral's own loader, ONNX folders, …)."""
+from decal.store.leftovers import is_leftover
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -108,7 +104,10 @@ def load_model(
         BaseModelError: the path is no model, or tensors are missing, left over or misshapen.
         QuantError: weights that the format cannot hold.
     """
-    config = load_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    commit = None
+    if not Path(path).expanduser().is_dir():
+        commit = commit_of(local_folder(path, revision, weights=False))
+    config = load_config(path, revision=commit or revision, trust_remote_code=trust_remote_code)
     device_map = {"": pick_device(device)} if str(pick_device(device)) != "cpu" else None
     quantization = None
     if recipe is not None:
@@ -123,12 +122,12 @@ def load_model(
     auto, same_labels = AutoModelForCausalLM, False
     if labels is not None:
         auto, same_labels = AutoModelForSequenceClassification, heads.relabel(config, labels)
+    folder = local_folder(path, commit or revision)
     with Quiet():
         try:
             model, report = auto.from_pretrained(
-                _expanded(path),
+                str(folder),
                 config=config,
-                revision=revision,
                 trust_remote_code=trust_remote_code,
                 dtype=dtype,
                 device_map=device_map,
@@ -140,11 +139,12 @@ def load_model(
             raise _load_error(path, error) from error
     new = heads.settle(model, report, same_labels) if labels is not None else ()
     _refuse_incomplete(path, model, report)
+    model.name_or_path = model.config.name_or_path = path if commit else str(folder)
     model.decal_base = BaseInfo(
-        path=str(Path(path).expanduser().resolve()) if Path(path).expanduser().is_dir() else path,
+        path=path if commit else str(folder.resolve()),
         revision=revision,
         dtype=dtype,
-        commit=getattr(config, "_commit_hash", None),
+        commit=commit,
         recipe=recipe,
         new=new,
     )
@@ -155,11 +155,9 @@ def load_model(
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's config.json as transformers reads it; raises BaseModelError."""
-    _refuse_wrong_path(path)
+    folder = local_folder(path, revision, weights=False)
     try:
-        return AutoConfig.from_pretrained(
-            _expanded(path), revision=revision, trust_remote_code=trust_remote_code
-        )
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _load_error(path, error) from error
 
@@ -168,15 +166,16 @@ def load_tokenizer(
     path: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
     """The model's tokenizer; raises BaseModelError."""
+    folder = local_folder(path, revision, weights=False)
     try:
-        return AutoTokenizer.from_pretrained(
-            _expanded(path), revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise BaseModelError(
             f"base `{path}` has no tokenizer that can be loaded: {_first_line(error)}",
             hint="a base needs tokenizer.json and tokenizer_config.json beside its weights",
         ) from error
+    tokenizer.name_or_path = path
+    return tokenizer
 
 
 def untie(model: Any, module: str) -> None:
@@ -201,11 +200,6 @@ def quantizer_identity(model: nn.Module) -> str | None:
     """Hash of all packed weights of `model` with recipe and the base's names; None if none."""
     packed = [(n, m.packed) for n, m in base_modules(model) if isinstance(m, QuantLinear)]
     return identity(iter(packed)) if packed else None
-
-
-def _expanded(path: str) -> str:
-    """`~` written out, which transformers does not do; hub ids have none."""
-    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def _quant_method(config: Any) -> str:
@@ -235,18 +229,14 @@ def _refuse_wrong_path(path: str) -> None:
     if folder.is_file():
         raise BaseModelError(f"`{path}` is a file, not a model", hint="name the folder it lies in")
     if folder.is_dir():
-        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
-            raise BaseModelError(
-                f"`{path}` is an adapter, not a base model",
-                hint="name the base model here; `decal inspect` shows which one it was trained on",
-            )
-        if not (folder / "config.json").exists():
-            raise BaseModelError(
-                f"`{path}` has no config.json",
-                hint="a model folder holds config.json, the tokenizer and *.safetensors",
-            )
-        return
-    if not may_be_on_hub(path):
+        _refuse_other_folder(path, folder)
+    elif split_revision(path)[1] is not None:
+        name, revision = split_revision(path)
+        raise BaseModelError(
+            f"`{path}` is no hub id",
+            hint=f"name `{name}`, and `{revision}` as its revision (base.revision)",
+        )
+    elif not may_be_on_hub(path):
         near = near_path(path)
         raise BaseModelError(
             f"there is no model at `{path}`",
@@ -254,41 +244,30 @@ def _refuse_wrong_path(path: str) -> None:
         )
 
 
-def may_be_on_hub(path: str) -> bool:
-    """Whether `path` reads like a hub id (`gpt2`, `owner/name`) and not like a folder's path."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", path) is not None
-
-
-def near_path(path: str) -> str | None:
-    """The existing file or folder that `path` was probably meant to name."""
-    folder = Path(path).expanduser()
-    siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
-    near = nearest(folder.name, siblings)
-    return str(folder.parent / near) if near else None
+def _refuse_other_folder(path: str, folder: Path) -> None:
+    if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+        raise BaseModelError(
+            f"`{path}` is an adapter, not a base model",
+            hint="name the base model here; `decal inspect` shows which one it was trained on",
+        )
+    if not (folder / "config.json").exists():
+        raise BaseModelError(
+            f"`{path}` has no config.json",
+            hint="a model folder holds config.json, the tokenizer and *.safetensors",
+        )
 
 
 def _load_error(path: str, error: Exception) -> BaseModelError:
     if isinstance(error, BaseModelError):
         return error
     text = str(error)
-    if Path(path).expanduser().is_dir():
-        if "does not recognize this architecture" in text or "model type" in text:
-            hint = "this transformers does not know the architecture; upgrade it"
-        elif "trust_remote_code" in text:
-            hint = "the model brings its own code: set base.trust_remote_code to true to run it"
-        else:
-            hint = "the folder may be incomplete; copy or download it again"
-        return BaseModelError(f"base `{path}` cannot be loaded: {_first_line(error)}", hint=hint)
-    near = near_path(path)
-    if near:
-        hint = f"did you mean the folder `{near}`?"
-    elif "gated" in text.lower() or "401" in text or "403" in text:
-        hint = "the model is private or gated: log in with `hf auth login` and accept its terms"
-    elif "404" in text or "not a valid model identifier" in text:
-        hint = "check the id on the hub, or name a local folder"
+    if "does not recognize this architecture" in text or "model type" in text:
+        hint = "this transformers does not know the architecture; upgrade it"
+    elif "trust_remote_code" in text:
+        hint = "the model brings its own code: set base.trust_remote_code to true to run it"
     else:
-        hint = "the hub cannot be reached and the model is not in the cache; name a local folder"
-    return BaseModelError(f"base `{path}` is neither a folder nor a model on the hub", hint=hint)
+        hint = "the folder may be incomplete; copy or download it again"
+    return BaseModelError(f"base `{path}` cannot be loaded: {_first_line(error)}", hint=hint)
 
 
 def _first_line(error: Exception) -> str:
@@ -311,7 +290,7 @@ def _refuse_incomplete(path: str, model: PreTrainedModel, report: dict[str, Any]
             f"{len(mismatched)} tensors have the wrong shape, first `{key}`:"
             f" {list(found)} in the file, {list(wanted)} in the model"
         )
-    unexpected = sorted(report["unexpected_keys"])
+    unexpected = sorted(key for key in report["unexpected_keys"] if not is_leftover(key))
     if unexpected:
         problems.append(f"{len(unexpected)} tensors are left over, first `{unexpected[0]}`")
     if problems:
@@ -342,24 +321,17 @@ def _refuse_unquantized(path: str, model: nn.Module) -> None:
         )
 
 
-def local_folder(path: str, revision: str | None = None) -> Path:
+def local_folder(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder that holds the model's files; a hub id is downloaded to the hub's cache.
+
+    Without `weights` only what is read for a config, a tokenizer or a skeleton.
 
     Raises:
         BaseModelError: neither a folder nor a model on the hub.
     """
     _refuse_wrong_path(path)
     folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    try:
-        return Path(
-            snapshot_download(
-                path,
-                revision=revision,
-                allow_patterns=list(_MODEL_FILES),
-                ignore_patterns=list(_OTHER_COPIES),
-            )
-        )
-    except Exception as error:
-        raise _load_error(path, error) from error
+    if not folder.is_dir():
+        folder = model_folder(path, revision, weights=weights)
+        _refuse_other_folder(path, folder)
+    return folder
