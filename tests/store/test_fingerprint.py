@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from decal.store import fingerprint as module
 from decal.store.base import open_base
 from decal.store.fingerprint import cache_folder, fingerprint
+from tests import zoo
 
 
 @pytest.fixture(autouse=True)
@@ -49,18 +50,35 @@ def test_independent_of_sharding(tmp_path: Path) -> None:
 
 
 def test_every_change_counts(tmp_path: Path) -> None:
-    """Fails if the key, the shape, the dtype or the bytes are left out."""
-    base = _tensors()
+    """Fails if the layer, the shape, the dtype or the bytes are left out."""
+    base = _tensors() | {"layers.0.w": torch.arange(2.0), "layers.1.w": -torch.arange(2.0)}
     changed = [
         base,
         {**base, "a": base["a"].nextafter(torch.tensor(99.0))},
         {**base, "a": base["a"].view(5, 3)},
         {**base, "b": base["b"].view(torch.float16)},
-        {"x" if k == "a" else k: t for k, t in base.items()},
+        {**base, "layers.0.w": base["layers.1.w"], "layers.1.w": base["layers.0.w"]},
         {k: t for k, t in base.items() if k != "c"},
     ]
     marks = [fingerprint(open_base(_write(tmp_path / str(i), t))) for i, t in enumerate(changed)]
     assert len(set(marks)) == len(changed)
+
+
+@pytest.mark.parametrize("name", zoo.HISTORIC)
+def test_old_files_have_the_fingerprint_of_new_ones(name: str, tmp_path: Path) -> None:
+    """Fails if names, masks or tied copies enter the hash."""
+    new = zoo.save(name, tmp_path / "new")
+    old = zoo.save_historic(name, tmp_path / "old")
+    assert fingerprint(open_base(old)) == fingerprint(open_base(new))
+    other = zoo.save(name, tmp_path / "other", seed=1)
+    assert fingerprint(open_base(other)) != fingerprint(open_base(new))
+
+
+def test_a_bias_of_a_layer_called_attention_counts(tmp_path: Path) -> None:
+    """Fails if leftovers are told by their names alone."""
+    biased = [_tensors() | {"attention.bias": torch.full((3,), value)} for value in (1.0, 2.0)]
+    marks = [fingerprint(open_base(_write(tmp_path / str(i), t))) for i, t in enumerate(biased)]
+    assert marks[0] != marks[1]
 
 
 def test_the_cache_is_used_and_follows_the_file(

@@ -1,8 +1,19 @@
 """One hash for all weights of a base: which base was this adapter trained on?
 
-fingerprint = sha256 over the sorted lines [key, dtype, shape, sha256 of the stored bytes] as JSON.
-Sharding, the order in the files, names of files and metadata do not enter, so the same weights
-saved differently have the same fingerprint; another dtype or one changed bit gives another.
+fingerprint = sha256 over the sorted lines [numbers, dtype, shape, sha256 of the stored bytes] as
+JSON, each line once. `numbers` are those in the tensor's key (its layer, its expert). Buffers that
+are no weights (leftovers.py) are left out. So the same weights have the same fingerprint
+
+    however they are sharded, ordered and described
+    under historic names: `h.0.` for `transformer.h.0.`, `gamma` for `weight`, …
+    whether a tied head is written beside the embedding or not
+
+and another dtype, one changed bit or two layers in each other's place give another.
+
+Rejected: the names that transformers gives the weights. They need a skeleton, so that a base whose
+code is remote or too new has none, and they change with transformers' versions: an adapter would be
+refused on its own base after an upgrade. Lost with the names is an exchange of two tensors of one
+layer, shape and dtype, which nobody makes by accident.
 
 Hashing reads every byte, so the hashes of a file are remembered in the user's cache folder, under
 what the system says of it: real path, size, inode, and the times of the last write and of the last
@@ -26,6 +37,7 @@ from pathlib import Path
 from decal.errors import BaseModelError, DecalError
 from decal.store.base import BaseFiles
 from decal.store.files import write_bytes
+from decal.store.leftovers import is_leftover
 from decal.store.tensorfile import TensorFile, TensorSpec, hash_entry
 
 __all__ = ["cache_folder", "combine", "fingerprint"]
@@ -66,11 +78,13 @@ def fingerprint(base: BaseFiles, observe: Callable[[int, int], None] | None = No
 
 def combine(specs: Mapping[str, TensorSpec], hashes: Mapping[str, str]) -> str:
     """The fingerprint of tensors whose hashes are known."""
-    digest = hashlib.sha256()
-    for key in sorted(specs):
-        line = [key, specs[key].dtype, list(specs[key].shape), hashes[key]]
-        digest.update(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-    return digest.hexdigest()
+    lines = set()
+    for key, spec in specs.items():
+        if not is_leftover(key, len(spec.shape)):
+            numbers = [int(part) for part in key.split(".") if part.isdigit()]
+            line = [numbers, spec.dtype, list(spec.shape), hashes[key]]
+            lines.add(json.dumps(line, separators=(",", ":")))
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
 def _file_hashes(file: TensorFile) -> Iterator[tuple[str, str]]:
