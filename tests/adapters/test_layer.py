@@ -16,12 +16,12 @@ def make(*names: str) -> AdaptedLayer:
     for i, name in enumerate(names):
         config = LoraConfig(r=2 + i, lora_alpha=3, init_lora_weights=False)
         slot = Slot(module="m", group="m", adapter=name, shape=(5, 7), device=torch.device("cpu"))
-        layer.adapters[name] = Lora.create(config, slot, seed=i).double()
+        layer.adapters[name] = Lora.create(config, slot, seed=i).double().eval()
     return layer
 
 
 def delta(layer: AdaptedLayer, name: str, x: torch.Tensor) -> torch.Tensor:
-    A, B, scale, _ = layer.adapters[name].low_rank()
+    A, B, scale = layer.adapters[name].low_rank()[:3]
     return scale * x @ A.T @ B.T
 
 

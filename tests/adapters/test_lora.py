@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from decal.adapters import DropoutKey, Lora, Routing, Slot, base_view, routed
-from decal.adapters.lora import Dropout
+from decal.adapters.lora import Drawn, Dropout
 from decal.config import LoraConfig
 from decal.errors import AdapterError
 
@@ -28,7 +28,7 @@ def make(
         shape=(OUT, IN),
         device=torch.device("cpu"),
     )
-    return Lora.create(config, slot, seed=3)
+    return Lora.create(config, slot, seed=3).eval()
 
 
 def key(rows: int = ROWS, epoch: int = 0) -> DropoutKey:
@@ -166,12 +166,45 @@ def test_dropout_depends_on_epoch_adapter_and_input_but_not_on_packing() -> None
     assert abs(share - 0.7) < 5 * (0.3 * 0.7 / (4000 * IN)) ** 0.5
 
 
-def test_without_a_key_nothing_is_dropped() -> None:
-    """Mutation: drop whenever the module is in training mode."""
-    lora, base = make().double().train(), nn.Linear(IN, OUT).double()
-    x = torch.randn(ROWS, IN, dtype=torch.float64)
+def test_without_a_key_torch_drops_in_training_and_nothing_in_eval() -> None:
+    """float64, rtol 1e-9; a plain torch loop has no key. Mutation: drop only with a key."""
+    lora, base = make().double(), nn.Linear(IN, OUT).double()
+    x = torch.randn(ROWS, IN, dtype=torch.float64, requires_grad=True)
+    plain = formula(x, base, lora, None, 1.0)
+    torch.testing.assert_close(lora(x, base(x), base_view(base)), plain, rtol=1e-9, atol=1e-12)
+    lora.train()
+    torch.manual_seed(5)
     y = lora(x, base(x), base_view(base))
-    torch.testing.assert_close(y, formula(x, base, lora, None, 1.0), rtol=1e-9, atol=1e-12)
+    torch.manual_seed(5)
+    keep = Drawn.now(lora.dropout).keep(x)
+    wanted = formula(x, base, lora, keep, 1.0)
+    torch.testing.assert_close(y, wanted, rtol=1e-9, atol=1e-12)
+    for got, want in zip(
+        gradients(y, x, lora.A, lora.B), gradients(wanted, x, lora.A, lora.B), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+    assert not torch.equal(lora(x, base(x), base_view(base)), y)
+    share = Drawn.now(0.3).keep(torch.empty(4000, IN)).double().mean().item()
+    assert abs(share - 0.7) < 5 * (0.3 * 0.7 / (4000 * IN)) ** 0.5
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_what_torch_drew(reentrant: bool) -> None:
+    """Mutation: draw a new number in the second forward without torch's generator."""
+    lora, base = make().double().train(), nn.Linear(IN, OUT).double().requires_grad_(False)
+    x = torch.randn(ROWS, IN, dtype=torch.float64, requires_grad=True)
+
+    def block(x: Tensor) -> Tensor:
+        return lora(x, base(x), base_view(base)).tanh()
+
+    torch.manual_seed(5)
+    plain = gradients(block(x), x, lora.A, lora.B)
+    torch.manual_seed(5)
+    y = checkpoint(block, x, use_reentrant=reentrant)
+    weights = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view(y.shape).sin()
+    (y * weights).sum().backward()
+    for got, want in zip((x.grad, lora.A.grad, lora.B.grad), plain, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
 
 
 def test_rows_that_are_not_the_batchs_tokens_are_refused() -> None:
@@ -232,7 +265,7 @@ def test_merged_is_what_forward_adds() -> None:
 def test_low_rank_parts_make_the_delta() -> None:
     """Mutation: report lora_alpha as the scale."""
     lora = make()
-    A, B, scale, dropout = lora.low_rank()
+    A, B, scale, dropout, _ = lora.low_rank()
     zero = torch.zeros(OUT, IN)
     torch.testing.assert_close(lora.merged(zero), scale * B @ A)
     assert (scale, dropout) == (7 / R, 0.3)

@@ -13,6 +13,7 @@ from decal.adapters.base import (
 )
 from decal.adapters.layer import AdaptedLayer, RoutingState
 from decal.adapters.lora import Lora, Slot
+from decal.adapters.replaced import Place, ReplacedModule, Replacement
 from decal.adapters.views import base_view
 
 METHODS = {"lora": Lora}
@@ -25,6 +26,9 @@ __all__ = [
     "DropoutKey",
     "Lora",
     "LowRank",
+    "Place",
+    "ReplacedModule",
+    "Replacement",
     "Routing",
     "RoutingState",
     "Slot",

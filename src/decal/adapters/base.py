@@ -6,17 +6,22 @@ Knows no quantization format and no transformers model: a base layer is whatever
 Routing is one immutable value per forward pass. A layer reads the current one when its forward
 begins and hands it to the autograd function; recomputation under gradient checkpointing restores
 it (`routed`). Nothing reads mutable state in backward.
+
+A pass either gives all rows to one weighted set of adapters, or cuts the batch into segments of
+consecutive rows with one adapter, or none, each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from decal.errors import AdapterError
 
 
 @runtime_checkable
@@ -44,7 +49,7 @@ class BaseLayer(Protocol):
 
 
 class LowRank(NamedTuple):
-    """The parts of a low-rank adapter: delta W = scale * B @ A."""
+    """The parts of a low-rank adapter: delta W = scale * B @ A, and scale * bias beside it."""
 
     A: Tensor
     """[r, in]"""
@@ -52,6 +57,16 @@ class LowRank(NamedTuple):
     """[out, r]"""
     scale: float
     dropout: float
+    bias: Tensor | None = None
+    """[out], B's own (`lora_bias`)."""
+
+
+class Piece(NamedTuple):
+    """Consecutive rows of a layer's flattened input, and how many rows that has."""
+
+    start: int
+    count: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -60,12 +75,31 @@ class DropoutKey:
 
     `seed` and `epoch` are the run's; `sample_ids` and `positions` are int64 [T], one per row of
     the flattened input: the sample's id in the data set and the token's position in its sample.
+    `kept` are the indices into these T rows that reach the head, where it sees only some.
     """
 
     seed: int
     epoch: int
     sample_ids: Tensor
     positions: Tensor
+    kept: Tensor | None = None
+
+    def of(self, piece: Piece, module: str) -> DropoutKey:
+        """The key of some rows of a layer's input, which has all rows or the kept ones.
+
+        Raises AdapterError, naming the layer `module`, where the input has other rows.
+        """
+        ids, positions = self.sample_ids.flatten(), self.positions.flatten()
+        if self.kept is not None and piece.total == self.kept.numel():
+            ids, positions = ids[self.kept], positions[self.kept]
+        elif piece.total != positions.numel():
+            raise AdapterError(
+                f"dropout on {module} cannot tell its rows apart: the layer got "
+                f"{piece.total}, the batch has {positions.numel()} tokens",
+                hint="leave this module out of target_modules or set lora_dropout: 0",
+            )
+        rows = slice(piece.start, piece.start + piece.count)
+        return replace(self, sample_ids=ids[rows], positions=positions[rows], kept=None)
 
 
 @dataclass(frozen=True)
@@ -73,20 +107,55 @@ class Routing:
     """Which adapters act in one forward pass.
 
     `weights` maps adapter names to factors (one active adapter: {"default": 1.0}; none: {}).
-    `dropout` is None outside training.
+    `dropout` says how dropout is drawn; without it torch draws, in training mode.
+
+    `segments` gives consecutive rows of the batch to adapters, instead of `weights`: (name or
+    None, count) each. Counts are in units of which a layer's flattened rows are a whole multiple:
+    samples of a padded batch (or of a pooled head), or tokens of a flat one.
     """
 
     weights: tuple[tuple[str, float], ...] = ()
     dropout: DropoutKey | None = None
+    segments: tuple[tuple[str | None, int], ...] = ()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The adapters that act on any row."""
+        named = [name for name, _ in self.segments if name is not None]
+        return frozenset([*named, *(name for name, _ in self.weights)])
+
+    def row_counts(self, x: Tensor, rows: int) -> list[tuple[str | None, int]]:
+        """`segments` in rows of one layer's input `x` with `rows` flattened rows.
+
+        Raises AdapterError where the input's rows are not the batch's.
+        """
+        units = sum(count for _, count in self.segments)
+        if rows != units and (rows % units or x.shape[0] % units):
+            raise AdapterError(
+                f"a layer got an input of the shape {list(x.shape)}; its rows are not those of the"
+                f" {units} rows or tokens that were given to adapters",
+                hint="leave the module out of target_modules, or run the adapters one by one",
+            )
+        return [(name, count * (rows // units)) for name, count in self.segments]
 
 
 class Adapter(Protocol):
     """A small trainable delta on one base layer."""
 
-    def forward(self, x: Tensor, y_base: Tensor, base: BaseLayer, factor: float = 1.0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        y_base: Tensor,
+        base: BaseLayer,
+        factor: float = 1.0,
+        piece: Piece | None = None,
+    ) -> Tensor:
         """The adapted output. `factor` is the adapter's share in a weighted set.
 
-        `y_base` is consumed: it may be the tensor that comes back.
+        `piece` says which rows x and y_base are, where they are not all of the layer's.
+
+        x is the layer's own input: [.., in], or integer ids [..] of an embedding. `y_base` is
+        consumed: it may be the tensor that comes back.
         """
         ...
 
@@ -97,6 +166,17 @@ class Adapter(Protocol):
     def low_rank(self) -> LowRank | None:
         """The factors if the delta is exactly scale * B @ A, else None."""
         ...
+
+
+def keeping_masters(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn` of `nn.Module._apply` for float32 masters: moved as ever, but never narrowed."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        new = fn(tensor)
+        narrowed = new.dtype.itemsize < min(4, tensor.dtype.itemsize)
+        return tensor.to(new.device) if narrowed else new
+
+    return moved
 
 
 _ROUTING: ContextVar[Routing | None] = ContextVar("decal_routing", default=None)

@@ -30,15 +30,26 @@ def uniform_by_fan_in(shape: tuple[int, int], generator: torch.Generator) -> Ten
 
 
 def start_values(
-    shape: tuple[int, int], r: int, how: Start, generator: torch.Generator
+    shape: tuple[int, int],
+    r: int,
+    how: Start,
+    generator: torch.Generator,
+    kind: str = "linear",
 ) -> tuple[Tensor, Tensor]:
     """A float32 [r, in] and B float32 [out, r] for a weight of `shape` [out, in].
 
     `how` is PEFT's `init_lora_weights`: True draws A uniformly by fan-in, "gaussian" draws it
     normal with deviation 1/r, both with B = 0, so that training starts from the base model. False
     draws B too: an adapter that acts from the first step, for tests.
+
+    For an embedding it is the other way round, as in PEFT: A, which has a column for every token,
+    is zero and B is standard normal, for True and "gaussian" alike; False draws both so.
     """
     rows, columns = shape
+    if kind == "embedding":
+        B = torch.empty(rows, r).normal_(generator=generator)
+        A = torch.zeros(r, columns)
+        return (A if how else A.normal_(generator=generator)), B
     if how == "gaussian":
         A = torch.empty(r, columns).normal_(0.0, 1.0 / r, generator=generator)
     else:

@@ -10,10 +10,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from decal.adapters.base import BaseLayer, Routing, current_routing
+from decal.adapters.base import BaseLayer, Piece, Routing, current_routing
 from decal.adapters.views import base_view
+
+_OWN = ("kind", "shape")
+"""What makes a `BaseLayer`, which a wrapper is not."""
 
 
 class RoutingState:
@@ -23,7 +27,19 @@ class RoutingState:
         self.routing = Routing()
 
 
-class AdaptedLayer(nn.Module):
+class BaseProxy(nn.Module):
+    """A wrapper: what model code reads of the module under it without calling it is there."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in _OWN or "base_layer" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_layer, name)
+
+
+class AdaptedLayer(BaseProxy):
     """A base layer with adapters.
 
     Args:
@@ -46,21 +62,31 @@ class AdaptedLayer(nn.Module):
         """The base layer's output plus what the routed adapters add to it."""
         routing = current_routing() or self.state.routing
         y: Tensor = self.base_layer(x)
+        if routing.segments:
+            return self._by_rows(x, y, routing)
         for name, factor in routing.weights:
             if name in self.adapters:
                 y = self.adapters[name](x, y, self.base, factor)
         return y
 
+    def _by_rows(self, x: Tensor, y: Tensor, routing: Routing) -> Tensor:
+        """Each segment's rows through its own adapter; the base has run on all of them at once."""
+        if routing.names.isdisjoint(self.adapters):
+            return y
+        rows = y.numel() // y.shape[-1]
+        flat_x, flat_y = x.reshape(rows, *x.shape[y.ndim - 1 :]), y.reshape(rows, y.shape[-1])
+        parts, start = [], 0
+        for name, count in routing.row_counts(x, rows):
+            part = flat_y[start : start + count]
+            if name in self.adapters and count:
+                piece = Piece(start, count, rows)
+                adapter = self.adapters[str(name)]
+                part = adapter(flat_x[start : start + count], part, self.base, piece=piece)
+            parts.append(part)
+            start += count
+        return torch.cat(parts).view(y.shape)
+
     @property
     def base(self) -> BaseLayer:
         """The base layer in logical orientation."""
         return self._view[0]
-
-    # Model code and transformers read these of a linear layer without calling it.
-    @property
-    def weight(self) -> Any:
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Any:
-        return self.base_layer.bias

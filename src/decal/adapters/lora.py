@@ -13,6 +13,19 @@ Saved are x, which the layer's input is anyway and which projections of one inpu
 which has r columns. The dropout mask `keep` is a hash of names and numbers and is computed again
 in backward; storing it would cost T * in bytes a layer, and PEFT's way of dropping, a second x.
 
+An embedding is the linear map of one-hot rows: z is A's columns of the tokens, times the gain of a
+scaled embedding, nothing is dropped, and dA is added up column by column. The gradient of the
+padding token is left out, as torch leaves it out of the base's.
+
+Biases make the delta affine. `lora_bias` is B's own, scaled like B A; a trained bias of the base
+(`bias: lora_only | all`) is kept whole and acts as its difference from the base's, so that the
+base is untouched and weighted sets add up:
+
+    y = ... + scale * b + (bias - base bias)
+
+In training, masks follow the routing's dropout key. A pass without one (a plain torch loop) draws
+them from torch's generator: one number per call, from which forward and backward make the mask.
+
 A and B are parameters in float32 and get float32 gradients. The products that sum over all T rows
 leave bf16 with a rounded sum; `_over_rows` keeps float32 without a float32 copy of x or g.
 
@@ -33,10 +46,16 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from decal.adapters.base import BaseLayer, DropoutKey, LowRank, current_routing
+from decal.adapters.base import (
+    BaseLayer,
+    DropoutKey,
+    LowRank,
+    Piece,
+    current_routing,
+    keeping_masters,
+)
 from decal.adapters.init import module_generator, start_values
 from decal.config import LoraConfig
-from decal.errors import AdapterError
 from decal.kernels import ops
 
 _CHUNK = 1 << 20
@@ -55,6 +74,10 @@ class Slot:
     shape: tuple[int, int]
     """[out, in] of the base weight."""
     device: torch.device
+    kind: str = "linear"
+    """linear | embedding"""
+    bias: Tensor | None = None
+    """[out], the base's bias where a copy of it is to be trained."""
 
 
 class Dropout(NamedTuple):
@@ -77,6 +100,27 @@ class Dropout(NamedTuple):
             like.shape[-1],
             self.p,
         )
+
+
+class Drawn(NamedTuple):
+    """Dropout of a pass without a key: the mask follows from one number that torch has drawn."""
+
+    seed: int
+    p: float
+
+    @classmethod
+    def now(cls, p: float) -> Drawn:
+        """A new mask. Recomputation draws it again: checkpointing puts torch's generator back."""
+        return cls(int(torch.randint(1 << 62, ())), p)
+
+    def keep(self, like: Tensor) -> Tensor:
+        """bool [T, features] for rows [.., features], True with probability 1 - p."""
+        shape = (like.numel() // like.shape[-1], like.shape[-1])
+        keep = torch.empty(shape, dtype=torch.bool, device=like.device)
+        if like.device.type == "meta":
+            return keep
+        generator = torch.Generator(like.device).manual_seed(self.seed)
+        return keep.bernoulli_(1 - self.p, generator=generator)
 
 
 def salt(name: str) -> int:
@@ -104,8 +148,20 @@ def _over_rows(p_TM: Tensor, q_TN: Tensor) -> Tensor:
     return total
 
 
+def _add(ctx: Any, y_base: Tensor, z: Tensor, B: Tensor, scale: float) -> Tensor:
+    """y_base + scale * z B^T, in y_base's memory where nobody else looks at it."""
+    B_t = B.to(y_base.dtype).t()
+    leaf = y_base.requires_grad and y_base.is_leaf
+    if y_base.is_contiguous() and not y_base._is_view() and not leaf:
+        y_base.view(-1, y_base.shape[-1]).addmm_(z, B_t, alpha=scale)
+        ctx.mark_dirty(y_base)
+        return y_base
+    flat = y_base.reshape(-1, y_base.shape[-1])
+    return torch.addmm(flat, z, B_t, alpha=scale).view(y_base.shape)
+
+
 class _Update(torch.autograd.Function):
-    """y_base + scale * drop(x) A^T B^T; see the formulas at the top of the file."""
+    """y_base + scale * drop(x) A^T B^T + shift; see the formulas at the top of the file."""
 
     @staticmethod
     def forward(
@@ -114,8 +170,9 @@ class _Update(torch.autograd.Function):
         y_base: Tensor,
         A: Tensor,
         B: Tensor,
+        shift: Tensor | None,
         scale: float,
-        dropout: Dropout | None,
+        dropout: Dropout | Drawn | None,
     ) -> Tensor:
         with _exact(x.device):
             rows = x.reshape(-1, x.shape[-1])
@@ -126,25 +183,23 @@ class _Update(torch.autograd.Function):
                 z.mul_(1.0 / (1.0 - dropout.p))
             ctx.save_for_backward(x, z, A, B)
             ctx.scale, ctx.dropout = scale, dropout
-            B_t = B.to(x.dtype).t()
-            if y_base.is_contiguous() and not y_base._is_view():
-                y_base.view(-1, y_base.shape[-1]).addmm_(z, B_t, alpha=scale)
-                ctx.mark_dirty(y_base)
-                return y_base
-            flat = y_base.reshape(-1, y_base.shape[-1])
-            return torch.addmm(flat, z, B_t, alpha=scale).view(y_base.shape)
+            ctx.shift_dtype = None if shift is None else shift.dtype
+            y = _add(ctx, y_base, z, B, scale)
+            return y if shift is None else y.add_(shift.to(y.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z, A, B = ctx.saved_tensors
-        need_x, need_y, need_A, need_B = ctx.needs_input_grad[:4]
+        need_x, need_y, need_A, need_B, need_shift = ctx.needs_input_grad[:5]
         dropout, scale = ctx.dropout, ctx.scale
-        dx = dA = dB = None
+        dx = dA = dB = d_shift = None
         with _exact(grad.device):
             g = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
             if need_B:
                 dB = _over_rows(g, z).mul_(scale).to(B.dtype)
+            if need_shift:
+                d_shift = g.sum(0, dtype=ctx.shift_dtype)
             if need_A or need_x:
                 inv = 1.0 if dropout is None else 1.0 / (1.0 - dropout.p)
                 gz = (g @ B.to(x.dtype)).mul_(scale * inv)
@@ -156,24 +211,68 @@ class _Update(torch.autograd.Function):
                 if need_x:
                     dx = gz @ A.to(x.dtype)
                     dx = (dx if keep is None else dx.mul_(keep)).view(x.shape)
-        return dx, grad if need_y else None, dA, dB, None, None
+        return dx, grad if need_y else None, dA, dB, d_shift, None, None
+
+
+class _Lookup(torch.autograd.Function):
+    """y_base + scale * gain * A[:, ids]^T B^T; see the formulas at the top of the file."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ids: Tensor, y_base: Tensor, A: Tensor, B: Tensor, scale: float, base: Any
+    ) -> Tensor:
+        with _exact(y_base.device):
+            z = A.index_select(1, ids.flatten()).t().to(y_base.dtype)
+            z = (z * base.gain).to(y_base.dtype)
+            ctx.save_for_backward(ids, z, A, B)
+            ctx.scale, ctx.gain, ctx.padding_idx = scale, base.gain, base.padding_idx
+            return _add(ctx, y_base, z, B, scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ids, z, A, B = ctx.saved_tensors
+        dA = dB = None
+        with _exact(grad.device):
+            g = grad.reshape(-1, grad.shape[-1]).to(z.dtype)
+            if ctx.needs_input_grad[3]:
+                dB = _over_rows(g, z).mul_(ctx.scale).to(B.dtype)
+            if ctx.needs_input_grad[2]:
+                gz = ((g @ B.to(z.dtype)) * (ctx.gain * ctx.scale)).to(A.dtype)
+                if ctx.padding_idx is not None:
+                    gz.masked_fill_((ids.flatten() == ctx.padding_idx)[:, None], 0.0)
+                dA = torch.zeros_like(A).index_add_(1, ids.flatten(), gz.t())
+        return None, grad if ctx.needs_input_grad[1] else None, dA, dB, None, None
 
 
 class Lora(nn.Module):
-    """One LoRA adapter on one linear layer.
+    """One LoRA adapter on one linear layer or embedding.
 
     Args:
         A: float32 [r, in].
         B: float32 [out, r].
         scale: what multiplies B A.
-        dropout: share of A's input that is dropped while a routing carries a dropout key.
+        dropout: share of A's input that is dropped in training; none of an embedding's.
         slot: the layer it sits on.
+        B_bias: float32 [out], B's own bias, scaled like B A.
     """
 
-    def __init__(self, A: Tensor, B: Tensor, *, scale: float, dropout: float, slot: Slot):
+    def __init__(
+        self,
+        A: Tensor,
+        B: Tensor,
+        *,
+        scale: float,
+        dropout: float,
+        slot: Slot,
+        B_bias: Tensor | None = None,
+    ):
         super().__init__()
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
+        self.B_bias = None if B_bias is None else nn.Parameter(B_bias)
+        wide = None if slot.bias is None else slot.bias.detach().to(B.dtype, copy=True)
+        self.bias = None if wide is None else nn.Parameter(wide)
         self.scale = scale
         self.dropout = dropout
         self.module_name = slot.module
@@ -184,37 +283,66 @@ class Lora(nn.Module):
     def create(cls, config: LoraConfig, slot: Slot, seed: int) -> Lora:
         """A new adapter with its starting values; without data on the meta device."""
         out, columns = slot.shape
+        r = config.rank_of(slot.module)
         if slot.device.type == "meta":
-            A = torch.empty(config.r, columns, device="meta")
-            B = torch.empty(out, config.r, device="meta")
+            A = torch.empty(r, columns, device="meta")
+            B = torch.empty(out, r, device="meta")
         else:
             generator = module_generator(seed, slot.module)
-            A, B = start_values(slot.shape, config.r, config.init_lora_weights, generator)
+            A, B = start_values(slot.shape, r, config.init_lora_weights, generator, slot.kind)
             A, B = A.to(slot.device), B.to(slot.device)
-        return cls(A, B, scale=config.scaling, dropout=config.lora_dropout, slot=slot)
+        return cls(
+            A,
+            B,
+            scale=config.scaling_of(slot.module),
+            dropout=config.lora_dropout,
+            slot=slot,
+            B_bias=torch.zeros(out, device=slot.device) if config.lora_bias else None,
+        )
 
-    def forward(self, x: Tensor, y_base: Tensor, base: BaseLayer, factor: float = 1.0) -> Tensor:
-        """y_base + factor * scale * B A drop(x), in y_base's dtype; y_base is consumed.
+    def forward(
+        self,
+        x: Tensor,
+        y_base: Tensor,
+        base: BaseLayer,
+        factor: float = 1.0,
+        piece: Piece | None = None,
+    ) -> Tensor:
+        """y_base + factor * (scale * B A drop(x) + shift), in y_base's dtype; y_base is consumed.
 
-        x [.., in], y_base [.., out]. Rows of x must be the rows of the dropout key, if the current
-        routing has one; AdapterError otherwise.
+        x [.., in] (ids [..] of an embedding), y_base [.., out]. Rows of x must be rows of the
+        dropout key, if the current routing has one; AdapterError otherwise.
         """
-        routing = current_routing()
-        dropout = None
-        if routing is not None and routing.dropout is not None and self.dropout > 0:
-            key = routing.dropout
-            rows = x.numel() // x.shape[-1]
-            if rows != key.positions.numel():
-                raise AdapterError(
-                    f"dropout on {self.module_name} cannot tell its rows apart: the layer got "
-                    f"{rows}, the batch has {key.positions.numel()} tokens",
-                    hint="leave this module out of target_modules or set lora_dropout: 0",
-                )
-            dropout = Dropout(key, self.adapter_salt, self.input_salt, self.dropout)
+        scale = self.scale * factor
+        if base.kind == "embedding":
+            found: Tensor = _Lookup.apply(x, y_base, self.A, self.B, scale, base)
+            return found
+        dropout = self._dropout(x, piece)
+        shift = self.shift(base.bias)
+        shift = shift if shift is None or factor == 1.0 else shift * factor
         # Under autocast the base has cast x for itself; its output says to what.
         x = x.to(y_base.dtype)
-        result: Tensor = _Update.apply(x, y_base, self.A, self.B, self.scale * factor, dropout)
+        result: Tensor = _Update.apply(x, y_base, self.A, self.B, shift, scale, dropout)
         return result
+
+    def _dropout(self, x: Tensor, piece: Piece | None) -> Dropout | Drawn | None:
+        routing = current_routing()
+        key = None if routing is None else routing.dropout
+        if self.dropout == 0 or (key is None and not self.training):
+            return None
+        if key is None:
+            return Drawn.now(self.dropout)
+        rows = x.numel() // x.shape[-1]
+        key = key.of(piece or Piece(0, rows, rows), self.module_name)
+        return Dropout(key, self.adapter_salt, self.input_salt, self.dropout)
+
+    def shift(self, base_bias: Tensor | None) -> Tensor | None:
+        """float32 [out], what the biases add to the output of a layer with `base_bias`, or None."""
+        shift = None if self.B_bias is None else self.B_bias * self.scale
+        if self.bias is None or base_bias is None:
+            return shift
+        moved = self.bias - base_bias
+        return moved if shift is None else shift + moved
 
     def merged(self, weight: Tensor) -> Tensor:
         """float32 [out, in]: the weight plus scale * B A (float64 for a float64 weight)."""
@@ -223,18 +351,12 @@ class Lora(nn.Module):
         return wide + (B @ A) * self.scale
 
     def low_rank(self) -> LowRank:
-        """A, B, scale and dropout, as they are."""
-        return LowRank(self.A, self.B, self.scale, self.dropout)
+        """A, B, scale, dropout and B's bias, as they are."""
+        return LowRank(self.A, self.B, self.scale, self.dropout, self.B_bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Lora:
         """Moves like any module, but `.half()` and `.bfloat16()` leave the masters in float32."""
-
-        def keep_masters(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrowed = moved.dtype.itemsize < min(4, tensor.dtype.itemsize)
-            return tensor.to(moved.device) if narrowed else moved
-
-        super()._apply(keep_masters, recurse)
+        super()._apply(keeping_masters(fn), recurse)
         return self
 
     def extra_repr(self) -> str:

@@ -6,17 +6,23 @@ does) is taken as it is. The orientation of transformers' Conv1D, which stores [
 Recognition is by structure, and strict. A subclass of nn.Linear whose weight does not have the
 shape [out, in] (bitsandbytes' packed layers, for example) is no linear layer to us, and neither is
 the output projection of nn.MultiheadAttention: its owner reads the weight and never calls forward,
-so an adapter on it would silently do nothing.
+so an adapter on it would silently do nothing. An embedding that does more in forward than look rows
+up and scale them (learned positions with an offset, a norm) is none either, nor one that changes
+its own weight (max_norm).
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from decal.adapters.base import BaseLayer
+
+_SCALED = {"super", "forward", "embed_scale", "to", "weight", "dtype"}
+"""What the forward of a scaled embedding names, in transformers' two ways to write it."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +75,24 @@ class Conv1DView:
 
 @dataclass(frozen=True)
 class EmbeddingView:
-    """nn.Embedding as the linear map of one-hot rows: out = dimensions, in = vocabulary."""
+    """nn.Embedding as the linear map of one-hot rows: out = dimensions, in = vocabulary.
+
+    A scaled one computes gain * weight[:, id].
+    """
 
     module: nn.Embedding
     kind: str = "embedding"
     bias: Tensor | None = None
+
+    @property
+    def padding_idx(self) -> int | None:
+        return self.module.padding_idx
+
+    @property
+    def gain(self) -> Any:
+        """What forward multiplies looked-up rows with: a number, or a tensor of one number."""
+        gain = getattr(self.module, "embed_scale", 1.0)
+        return gain.to(self.module.weight.dtype) if isinstance(gain, Tensor) else gain
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,9 +116,21 @@ def base_view(module: nn.Module) -> BaseLayer | None:
         called = type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear
         return LinearView(module) if plain and called else None
     if isinstance(module, nn.Embedding):
-        return EmbeddingView(module)
+        return EmbeddingView(module) if _looks_up(module) else None
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return Conv1DView(module)
     if isinstance(module, BaseLayer):
         return module
     return None
+
+
+def _looks_up(module: nn.Embedding) -> bool:
+    """Whether forward is torch's own, or torch's own times `embed_scale`.
+
+    The names in the compiled forward tell; the class name would miss other scaled embeddings.
+    """
+    forward: Any = inspect.unwrap(type(module).forward)
+    plain = forward is nn.Embedding.forward or (
+        "embed_scale" in forward.__code__.co_names and _SCALED.issuperset(forward.__code__.co_names)
+    )
+    return plain and module.max_norm is None and not module.scale_grad_by_freq
