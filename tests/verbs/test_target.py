@@ -22,8 +22,12 @@ def test_runs_adapters_and_models_are_told_apart(finished: RunResult) -> None:
     assert resolve(demo.base_path()).kind == "model"
 
 
-def test_a_name_that_is_no_folder_is_a_hub_id() -> None:
-    assert resolve("someone/model").path == "someone/model"
+@pytest.mark.parametrize("name", ["someone/model", "someone/model@v1"])
+def test_a_name_that_is_no_folder_is_looked_up_on_the_hub(name: str) -> None:
+    """Fails when an id is taken for a model unseen; the tests have no network."""
+    with pytest.raises(DecalError, match="`someone/model` is neither a folder nor") as caught:
+        resolve(name)
+    assert "HF_HUB_OFFLINE" in str(caught.value.hint)
 
 
 def test_a_missing_folder_brings_the_nearest_name(tmp_path: Path) -> None:

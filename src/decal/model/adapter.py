@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from decal.adapters.views import Conv1DView
 from decal.config import LoraConfig
+from decal.errors import AdapterError
+from decal.model.hub import adapter_folder, may_be_on_hub
 from decal.model.inject import adapted_layers, adapter_state, adapters_of
 from decal.store.peft import LoraTensors, PeftAdapter, read_adapter, write_adapter
 
@@ -40,9 +42,13 @@ class Adapter:
     """Where it was read from, for messages."""
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Adapter:
-        """Reads a PEFT adapter folder; raises AdapterError for what is not plain LoRA."""
-        read = read_adapter(path)
+    def from_pretrained(cls, path: str | Path, *, revision: str | None = None) -> Adapter:
+        """Reads a PEFT adapter folder, or downloads it where `path` is a hub id.
+
+        Raises:
+            AdapterError: it is not plain LoRA, or not there; `revision` is for hub ids only.
+        """
+        read = read_adapter(_folder(path, revision))
         return cls(
             config=read.config,
             tensors=read.tensors,
@@ -119,3 +125,13 @@ class Adapter:
             for name, value in self._facts()
         )
         return f"<table>{rows}</table>"
+
+
+def _folder(path: str | Path, revision: str | None) -> Path:
+    folder = Path(path).expanduser()
+    if folder.exists() or not may_be_on_hub(str(path)):
+        return folder
+    found = adapter_folder(str(path), revision)
+    if found is None:
+        raise AdapterError(f"`{path}` on the hub is a model, not an adapter")
+    return found

@@ -18,7 +18,7 @@ from pathlib import Path
 from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.utils import tqdm
 
-from decal.errors import BaseModelError, DecalError, nearest
+from decal.errors import AdapterError, BaseModelError, DecalError, nearest
 
 CONFIG_FILES = (
     "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py",
@@ -87,7 +87,7 @@ def adapter_folder(path: str, revision: str | None = None) -> Path | None:
     """The files of an adapter on the hub; None if the repository holds no adapter.
 
     Raises:
-        DecalError: no such repository or revision, no access to it, or no way to the hub.
+        AdapterError: no such repository or revision, no access to it, or no way to the hub.
     """
     try:
         folder = _snapshot(path, revision, _KIND_FILES)
@@ -99,7 +99,7 @@ def adapter_folder(path: str, revision: str | None = None) -> Path | None:
             folder = _snapshot(path, commit, (*_ADAPTER_FILES, *_PICKLES))
         return folder
     except Exception as error:
-        raise hub_error(path, revision, error) from error
+        raise hub_error(path, revision, error, AdapterError) from error
 
 
 def commit_of(folder: Path) -> str | None:
@@ -122,7 +122,7 @@ def _snapshot(path: str, revision: str | None, patterns: Sequence[str]) -> Path:
 
 
 def hub_error(
-    path: str, revision: str | None, error: BaseException, kind: type[DecalError] = DecalError
+    path: str, revision: str | None, error: BaseException, kind: type[DecalError]
 ) -> DecalError:
     """The user's error for what the hub, or the way to it, answered."""
     if isinstance(error, DecalError):

@@ -87,7 +87,10 @@ def load_base(
         recipe=as_recipe(quant),
         labels=labels,
     )
-    tokenizer = hf.load_tokenizer(str(path), revision=revision, trust_remote_code=trust_remote_code)
+    loaded: hf.BaseInfo = model.decal_base
+    tokenizer = hf.load_tokenizer(
+        str(path), revision=loaded.commit or revision, trust_remote_code=trust_remote_code
+    )
     if labels is not None:
         heads.set_padding(model, tokenizer)
     return model, tokenizer
@@ -107,7 +110,7 @@ def load(
     packed weights must be the very ones of the training.
 
     Args:
-        target: run folder, adapter folder, model folder or hub id.
+        target: run folder, adapter folder, model folder, or hub id (`owner/name[@revision]`).
         adapter: an adapter to put on `target`, if that is a base.
         base: the base of an adapter, if not the one it names.
 
@@ -117,7 +120,7 @@ def load(
     """
     found = resolve(target)
     if found.kind == "adapter" and adapter is None:
-        return load_adapter(Adapter.from_pretrained(found.path), base, device, trust_remote_code)
+        return load_adapter(read(target)[1], base, device, trust_remote_code)
     if adapter is not None:
         if found.kind == "adapter":
             raise AdapterError(
@@ -125,10 +128,14 @@ def load(
                 hint="name the base model first, then the adapter",
             )
         _, read_in = read(adapter)
-        return load_adapter(read_in, found.path, device, trust_remote_code)
-    config = hf.load_config(found.path, trust_remote_code=trust_remote_code)
+        named = f"{found.path}@{found.revision}" if found.revision else found.path
+        return load_adapter(read_in, named, device, trust_remote_code)
+    config = hf.load_config(
+        found.path, revision=found.revision, trust_remote_code=trust_remote_code
+    )
     return load_base(
         found.path,
+        revision=found.revision,
         device=device,
         trust_remote_code=trust_remote_code,
         labels=heads.stored_labels(config),

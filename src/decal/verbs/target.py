@@ -1,4 +1,4 @@
-"""What a path given by the user is: a run, an adapter or a model; and the base behind it.
+"""What a path or hub id given by the user is: a run, an adapter or a model; and its base.
 
 Reads settings and headers only; loads nothing.
 """
@@ -6,13 +6,13 @@ Reads settings and headers only; loads nothing.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from decal.errors import AdapterError, DecalError, OutputError
 from decal.model.adapter import Adapter
-from decal.model.hf import may_be_on_hub, near_path
+from decal.model.hub import adapter_folder, may_be_on_hub, near_path, split_revision
 
 QUANTIZER = "decal.quantizer"
 BASE = "decal.base"
@@ -24,29 +24,30 @@ CHAT_TEMPLATE = "decal.chat_template"
 class Target:
     """A path, understood.
 
-    `path` is the folder that holds the weights: for a run its adapter folder or model folder.
+    `path` is the folder that holds the weights: for a run its adapter folder or model folder, for
+    an adapter on the hub its folder in the hub's cache. A model on the hub keeps its id.
     """
 
     kind: Literal["adapter", "model"]
     path: str
     run: Path | None = None
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub, where one was named."""
 
 
 def resolve(path: str | Path) -> Target:
-    """Says what `path` is. A name that is no folder is taken for a model on the hub.
+    """Says what `path` is. A name that is no folder is looked up on the hub, or in its cache.
+
+    There the name may be `owner/name@revision`: a branch, a tag or a commit. An adapter's files are
+    downloaded, a model's are not yet.
 
     Raises:
-        DecalError: a folder that is none of the three, or a run that has left no weights yet.
+        DecalError: a folder that is none of the three, a run that has left no weights yet, or an
+            id that the hub does not have or does not show.
     """
     folder = Path(path).expanduser()
     if not folder.exists():
-        near = near_path(str(path))
-        if may_be_on_hub(str(path)) and near is None:
-            return Target(kind="model", path=str(path))
-        raise DecalError(
-            f"there is nothing at `{path}`",
-            hint=f"did you mean `{near}`?" if near else "name a folder or a hub id",
-        )
+        return _on_hub(str(path))
     if not folder.is_dir():
         raise DecalError(f"`{path}` is a file", hint="name the folder it lies in")
     if (folder / "run.yaml").exists():
@@ -67,6 +68,20 @@ def resolve(path: str | Path) -> Target:
     )
 
 
+def _on_hub(path: str) -> Target:
+    name, revision = split_revision(path)
+    if not may_be_on_hub(name):
+        near = near_path(path)
+        raise DecalError(
+            f"there is nothing at `{path}`",
+            hint=f"did you mean `{near}`?" if near else "name a folder or a hub id",
+        )
+    folder = adapter_folder(name, revision)
+    if folder is not None:
+        return Target(kind="adapter", path=str(folder))
+    return Target(kind="model", path=name, revision=revision)
+
+
 def read(path: str | Path) -> tuple[Target, Adapter]:
     """Resolves `path` and reads the adapter there; AdapterError if it is a model."""
     target = resolve(path)
@@ -75,18 +90,19 @@ def read(path: str | Path) -> tuple[Target, Adapter]:
             f"`{path}` is a model, not an adapter",
             hint="an adapter folder holds adapter_config.json and adapter_model.safetensors",
         )
-    return target, Adapter.from_pretrained(target.path)
+    return target, replace(Adapter.from_pretrained(target.path), source=str(path))
 
 
 def base_of(adapter: Adapter, given: str | None = None) -> tuple[str, str | None]:
     """(path, revision) of the base: `given`, else the one written in the adapter.
 
-    The revision is the commit that training loaded, where that is recorded.
+    `given` may be `owner/name@revision`. The revision of the adapter's own base is the commit that
+    training loaded, where that is recorded.
     """
     recorded = metadata_json(adapter, BASE) or {}
     path = adapter.base or recorded.get("path")
     if given is not None and given != path:
-        return given, None
+        return split_revision(given)
     if not path:
         raise AdapterError(
             "the adapter does not say which base it belongs to",
