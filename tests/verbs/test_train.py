@@ -22,6 +22,7 @@ from decal.errors import (
     OutputError,
     TargetError,
 )
+from decal.model.adapter import Adapter
 from decal.train.events import StepDone
 from decal.verbs.train import RunResult, train
 from tests.verbs.conftest import STEPS, settings
@@ -186,3 +187,28 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
     base = {"path": str(demo.base_path()), "device": "cuda:77"}
     with pytest.raises(BaseModelError, match="cuda:77"):
         train(settings(tmp_path, base=base))
+
+
+def test_training_goes_on_from_an_adapter(finished: RunResult, tmp_path: Path) -> None:
+    """Fails when a new adapter is started instead, or the old one's rank and alpha are not kept."""
+    lines: list[str] = []
+    again = settings(
+        tmp_path,
+        adapter={"from": str(finished.run)},
+        train={"max_steps": 1, "batch_size": 8, "lr": 1e-9, "warmup": 0.0},
+    )
+    done = train(again, say=lines.append)
+    assert done is not None
+    before, after = (Adapter.from_pretrained(run.weights) for run in (finished, done))
+    assert after.config == before.config
+    for module, (A, B, *_) in before.tensors.items():
+        torch.testing.assert_close(after.tensors[module][0], A, rtol=0, atol=1e-7)
+        torch.testing.assert_close(after.tensors[module][1], B, rtol=0, atol=1e-7)
+    assert any("going on with adapter" in line for line in lines)
+
+
+def test_going_on_into_the_same_folder_is_refused(finished: RunResult, tmp_path: Path) -> None:
+    """Fails when --force removes the run whose adapter is needed."""
+    config = settings(tmp_path, adapter={"from": str(finished.weights)}, output=str(finished.run))
+    with pytest.raises(OutputError, match="holds the adapter"):
+        train(config, force=True)

@@ -14,11 +14,12 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from decal.adapters.init import module_generator
+from decal.data.batch import Batch
 from decal.errors import BaseModelError
-
 
 _CLASSIFIER = "ForSequenceClassification"
 
@@ -115,3 +116,13 @@ def settle(model: PreTrainedModel, report: dict[str, Any], same_labels: bool) ->
 def _pooled(key: str) -> bool:
     """BERT's pooler belongs to the head: files of masked language models lack it."""
     return ".pooler." in f".{key}."
+
+
+def forward(model: Any, batch: Batch) -> Tensor:
+    """Logits [n, classes] of a padded batch, with the padding token that pooling looks for."""
+    pad = model.config.get_text_config().pad_token_id
+    ids = batch.input_ids
+    if batch.attention is not None and pad is not None:
+        ids = ids.masked_fill(batch.attention == 0, pad)
+    logits: Tensor = model(input_ids=ids, attention_mask=batch.attention).logits
+    return logits

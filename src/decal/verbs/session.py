@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from decal.adapters import DropoutKey, Routing, current_routing, routed
-from decal.config import LoraConfig, RunConfig
+from decal.config import ContinueConfig, FullConfig, RunConfig
 from decal.data.batch import Batch
 from decal.data.chat import Encoder
 from decal.data.pack import Batches, make_batches
@@ -21,12 +21,14 @@ from decal.data.sample import Sample
 from decal.data.source import read_rows, split_eval
 from decal.data.stats import summarize
 from decal.errors import DataError
-from decal.model import attention, switches
-from decal.model.inject import attach, trainable_line
+from decal.model import attention, heads, hf, switches
+from decal.model.adapter import Adapter
+from decal.model.inject import adapters_of, attach, trainable_line
 from decal.model.size import bits_per_weight
 from decal.objectives import OBJECTIVES
 from decal.train.loop import total_steps
-from decal.verbs.load import load_base
+from decal.verbs.load import check_fingerprint, load_base
+from decal.verbs.target import QUANTIZER, metadata_json, read
 
 Say = Callable[[str], None]
 
@@ -62,15 +64,18 @@ class Session:
             self.model.train(learning)
         batch = batch.to(self.model.device)
         with routed(self._routing(batch, epoch)):
-            keep = objective.trained_positions(batch)
-            logits = attention.forward(self.model, batch, keep)
-        return objective.loss(logits, batch.targets.flatten()[keep]), batch.trained
+            if objective.POOLS:
+                logits = heads.forward(self.model, batch)
+            else:
+                logits = attention.forward(self.model, batch, objective.trained_positions(batch))
+        return objective.loss(logits, objective.targets(batch)), batch.trained
 
     def _routing(self, batch: Batch, epoch: int | None) -> Routing | None:
-        if not isinstance(self.config.adapter, LoraConfig):
+        settings = adapters_of(self.model).get(ADAPTER)
+        if settings is None:
             return None
         key = None
-        if epoch is not None and self.config.adapter.lora_dropout > 0:
+        if epoch is not None and settings.lora_dropout > 0:
             ids, positions = batch.sample_ids.flatten(), batch.positions.flatten()
             key = DropoutKey(self.config.train.seed, epoch, ids, positions)
         return Routing(((ADAPTER, 1.0),), key)
@@ -132,12 +137,7 @@ def prepare(config: RunConfig, say: Say) -> Session:
     if rows.ignored:
         say(f"  columns not used: {', '.join(rows.ignored)}")
 
-    if isinstance(config.adapter, LoraConfig):
-        for line in attach(model, config.adapter, ADAPTER, seed=config.train.seed).lines():
-            say(line)
-    else:
-        model.requires_grad_(True)
-        say("full fine-tuning: every weight is trained")
+    _make_trainable(model, config, say)
     say(trainable_line(model))
 
     flat = attention.flattens(model)
@@ -154,6 +154,42 @@ def prepare(config: RunConfig, say: Say) -> Session:
         ),
         flat=flat,
     )
+
+
+def _make_trainable(model: Any, config: RunConfig, say: Say) -> None:
+    """Attaches the adapter that the settings ask for, or frees every weight."""
+    asked = config.adapter
+    heads.start(model, model.decal_base.new, config.train.seed)
+    if isinstance(asked, FullConfig):
+        model.requires_grad_(True)
+        say("full fine-tuning: every weight is trained")
+        return
+    new = heads.new_modules(model.decal_base.new, model.base_model_prefix)
+    if isinstance(asked, ContinueConfig):
+        table = attach(model, _adapter_to_go_on(model, asked.from_, config, say), ADAPTER)
+    else:
+        whole = tuple(dict.fromkeys((*asked.modules_to_save, *new)))
+        lora = asked.model_copy(update={"modules_to_save": whole})
+        table = attach(model, lora, ADAPTER, seed=config.train.seed)
+    for line in table.lines():
+        say(line)
+
+
+def _adapter_to_go_on(model: Any, path: str, config: RunConfig, say: Say) -> Adapter:
+    """The adapter at `path`, if it was trained on this base.
+
+    Raises:
+        AdapterError: it was trained on other weights.
+    """
+    adapter = read(path)[1]
+    base = config.base
+    check_fingerprint(adapter, base.path, model.decal_base.commit or base.revision)
+    recorded = metadata_json(adapter, QUANTIZER) or {}
+    if recorded.get("identity") != hf.quantizer_identity(model):
+        before = recorded.get("format", "none")
+        say(f"note: the adapter was trained on quant {before}, now it is {config.quant.format}")
+    say(f"going on with adapter {path}")
+    return adapter
 
 
 def _batches(config: RunConfig, samples: list[Sample], flat: bool) -> Batches:

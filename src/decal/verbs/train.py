@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 
-from decal.config import FullConfig, RunConfig
+from decal.config import ContinueConfig, FullConfig, RunConfig
 from decal.errors import ConfigError, OutputError
 from decal.model import hf
 from decal.model.heap import give_back_freed
@@ -131,11 +131,15 @@ def _refuse_contradictions(config: RunConfig) -> None:
             "`train.eval_every` is set, but `data.eval` is null: there is nothing to evaluate on",
             hint="set `data.eval: 0.05`, or leave `train.eval_every` out",
         )
-    base, output = Path(config.base.path).expanduser(), Path(config.output)
-    if base.is_dir() and output.resolve() in (base.resolve(), *base.resolve().parents):
-        raise OutputError(
-            f"output `{output}` holds the base `{base}`", hint="choose another output"
-        )
+    output = Path(config.output)
+    needed = {"base": Path(config.base.path).expanduser()}
+    if isinstance(config.adapter, ContinueConfig):
+        needed["adapter"] = Path(config.adapter.from_).expanduser()
+    for what, path in needed.items():
+        if path.is_dir() and output.resolve() in (path.resolve(), *path.resolve().parents):
+            raise OutputError(
+                f"output `{output}` holds the {what} `{path}`", hint="choose another output"
+            )
 
 
 def _open_run(config: RunConfig, *, resume: bool, force: bool) -> RunFolder:
