@@ -13,6 +13,9 @@
     ├── VerificationError     what was written is not what was meant         (exit 1)
     └── Interrupted           Ctrl-C, after what can be kept was kept        (exit 130)
 
+What is worth saying but stops nothing is a `DecalWarning`, given through `warnings`; the CLI shows
+it as one line.
+
 A message is one sentence, details below it, and `hint` says what to do. Problems of one kind are
 collected and raised once: counts first, then the first offender with both values.
 """
@@ -97,6 +100,10 @@ class Interrupted(DecalError):  # noqa: N818 (nothing went wrong)
     """The user stopped the work; the message says what was kept and how to go on."""
 
     exit_code = 130
+
+
+class DecalWarning(UserWarning):
+    """Something that works and that the user should know; one sentence."""
 
 
 def nearest(name: str, known: Sequence[str]) -> str | None:

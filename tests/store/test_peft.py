@@ -130,10 +130,14 @@ def test_missing_keys_have_pefts_defaults(tmp_path: Path) -> None:
     assert found.init_lora_weights is True
 
 
-def test_narrowed_targets_become_the_modules_with_tensors(tmp_path: Path) -> None:
-    folder = _written(tmp_path / "a")
-    _edit(folder, target_modules=["q_proj", "down_proj"], layers_to_transform=[0, 1])
-    assert read_adapter(folder).config.target_modules == (Q, D)
+def test_narrowing_settings_are_kept(tmp_path: Path) -> None:
+    config = LoraConfig(
+        r=3, lora_alpha=7, target_modules=("q_proj", "down_proj", "up_proj"),
+        exclude_modules=("up_proj",), layers_to_transform=(0, 1), layers_pattern="layers",
+    )  # fmt: skip
+    found = read_adapter(_written(tmp_path / "a", config=config)).config
+    assert found.layers_to_transform == (0, 1)
+    assert found.model_copy(update={"target_modules": config.target_modules}) == config
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -152,21 +156,15 @@ def _stored(folder: Path, name: str) -> torch.Tensor:
 
 VARIANTS: dict[str, Any] = {
     "alora_invocation_tokens": [1, 2],
-    "alpha_pattern": {"q_proj": 4},
     "arrow_config": {"x": 1},
-    "bias": "lora_only",
     "corda_config": {"x": 1},
-    "ensure_weight_tying": True,
     "from_the_future": 0.5,
     "init_lora_weights": "pissa",
     "kasa_config": {"x": 1},
     "layer_replication": [[0, 2]],
-    "lora_bias": True,
     "lora_ga_config": {"x": 1},
     "megatron_config": {"x": 1},
-    "modules_to_save": ["lm_head"],
     "monteclora_config": {"x": 1},
-    "rank_pattern": {"q_proj": 4},
     "target_parameters": ["experts.gate_up_proj"],
     "trainable_token_indices": [5],
     "use_bdlora": {"x": 1},
@@ -188,18 +186,22 @@ def test_variants_are_refused_by_name(tmp_path: Path, key: str) -> None:
 
 def test_all_problems_are_collected(tmp_path: Path) -> None:
     folder = _written(tmp_path / "a")
-    _edit(folder, use_dora=True, bias="all", r=4)
+    _edit(folder, use_dora=True, kasa_config={"x": 1}, r=4)
     _retensor(folder, lambda t: t.update({f"base_model.model.{Q}.lora_magnitude_vector": t[_a(Q)]}))
     error = _refused(folder)
     assert "2 settings and 3 tensors do not fit" in error.message
-    assert [d.split(":")[0] for d in error.details[:2]] == ["bias", "use_dora"]
+    assert [d.split(":")[0] for d in error.details[:2]] == ["kasa_config", "use_dora"]
     assert "DoRA magnitude" in error.details[2]
     assert error.details[3].startswith(f"{Q}: A has rank 3")
     assert error.details[3].endswith("  (and 1 more)")
 
 
+def _of(name: str, ending: str) -> str:
+    return f"base_model.model.{name}.{ending}"
+
+
 def _a(name: str) -> str:
-    return f"base_model.model.{name}.lora_A.weight"
+    return _of(name, "lora_A.weight")
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,22 @@ def _a(name: str) -> str:
         ({"target_modules": ["q_proj"]}, f"{D}: is not named by target_modules"),
         ({"target_modules": 3}, "neither a string nor a list"),
         ({"target_modules": [1]}, "neither a string nor a list"),
+        ({"exclude_modules": ["down_proj"]}, f"{D}: is named by exclude_modules"),
+        ({"exclude_modules": 7}, "exclude_modules: 7 (neither"),
+        ({"layers_to_transform": [1]}, f"{Q}: is in no layer of layers_to_transform"),
+        ({"layers_to_transform": 0}, f"{D}: is in no layer of layers_to_transform"),
+        ({"layers_to_transform": "0"}, "layers_to_transform"),
+        ({"layers_to_transform": [0, 1], "layers_pattern": "h"}, f"{Q}: is in no layer"),
+        ({"rank_pattern": {"q_proj": 4}}, f"{Q}: A has rank 3, B has 3, the config has r=4"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj: "),
+        ({"rank_pattern": {"(": 3}}, "no regular expression"),
+        ({"alpha_pattern": {"q_proj": "7"}}, "alpha_pattern.q_proj: "),
+        ({"bias": "some"}, "bias: "),
+        ({"lora_bias": True}, f"{Q}: has no lora_B.bias although lora_bias is on"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head: is in modules_to_save, no tensor is of it"),
+        ({"modules_to_save": ["classifier"]}, "classifier: is in modules_to_save"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save: 'lm_head' (neither"),
+        ({"modules_to_save": ["mlp"]}, f"{D}: is named by modules_to_save"),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path: Path, settings: dict[str, Any], word: str) -> None:
@@ -244,23 +262,58 @@ BAD_TENSORS: dict[str, tuple[Any, str]] = {
     "prefix twice": (
         lambda t: t.update({"base_model.model." + _a(Q): t.pop(_a(Q))}), "does not have the prefix",
     ),
-    "unknown suffix": (lambda t: t.update({_a(Q) + "2": t[_a(Q)]}), "neither lora_A.weight nor"),
+    "unknown suffix": (lambda t: t.update({_a(Q) + "2": t[_a(Q)]}), "neither a part of LoRA"),
     "adapter name kept": (
         lambda t: t.update({_a(Q).replace("weight", "default.weight"): t.pop(_a(Q))}),
-        "neither lora_A.weight nor",
+        "neither a part of LoRA",
     ),
-    "embedding": (
-        lambda t: t.update({"base_model.model.m.lora_embedding_A": t[_a(Q)]}), "on an embedding",
+    "half an embedding": (
+        lambda t: t.update({"base_model.model.m.lora_embedding_A": t[_a(Q)]}),
+        "m: has lora_A but no lora_B",
     ),
-    "base weight": (
-        lambda t: t.update({"base_model.model.lm_head.base_layer.weight": t[_a(Q)]}),
-        "save_embedding_layers=False",
+    "layer and embedding": (
+        lambda t: t.update({_of(Q, "lora_embedding_A"): t[_a(Q)]}),
+        f"{Q}: has factors of a layer and of an embedding",
+    ),
+    "trained tokens": (
+        lambda t: t.update({_of(Q, "token_adapter.trainable_tokens_delta"): t[_a(Q)]}),
+        "trained token embeddings",
+    ),
+    "base without factors": (
+        lambda t: t.update({_of("lm_head", "base_layer.weight"): t[_a(Q)]}),
+        "base of a module that has no factors",
+    ),
+    "base of another shape": (
+        lambda t: t.update({_of(Q, "base_layer.weight"): torch.ones(8, 10)}),
+        f"{Q}: the copy of the base has shape [8, 10], the factors [7, 10]",
+    ),
+    "bias without lora_bias": (
+        lambda t: t.update({_of(Q, "lora_B.bias"): torch.ones(7)}),
+        f"{Q}: has a lora_B.bias but lora_bias is off",
+    ),
+    "bias of another size": (
+        lambda t: t.update({_of(Q, "lora_B.bias"): torch.ones(8)}), "lora_B.bias has shape [8]",
+    ),
+    "untrained bias": (
+        lambda t: t.update({_of("model.norm", "bias"): torch.ones(8)}),
+        "nor a parameter that the settings train",
+    ),
+    "a twin alone": (
+        lambda t: t.update({_of("model.norm", "modules_to_save.bias"): torch.ones(8)}),
+        "nor a parameter that the settings train",
+    ),
+    "different twins": (
+        lambda t: t.update({
+            _of("lm_head", "weight"): torch.ones(8, 2),
+            _of("lm_head", "modules_to_save.weight"): torch.zeros(8, 2),
+        }),
+        "holds 1 parameters twice",
     ),
     "ranks differ": (lambda t: t.update({_a(Q): torch.ones(2, 10)}), "A has rank 2, B has 3"),
     "not a matrix": (lambda t: t.update({_a(Q): torch.ones(30)}), "F32 [30] is no factor"),
     "integers": (lambda t: t.update({_a(Q): t[_a(Q)].int()}), "I32 [3, 10] is no factor"),
     "nothing": (lambda t: t.clear(), "holds no tensors"),
-    "NaN": (lambda t: t[_a(Q)].view(-1)[3].fill_(torch.nan), "NaN or infinity in 1 of 2 modules"),
+    "NaN": (lambda t: t[_a(Q)].view(-1)[3].fill_(torch.nan), "NaN or infinity in 1 of 4 tensors"),
 }  # fmt: skip
 
 
@@ -285,7 +338,7 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     weights.unlink()
     assert "has no adapter_model.safetensors" in _refused(folder).message
     (folder / "adapter_model.bin").write_bytes(b"x")
-    assert "pickle" in _refused(folder).message
+    assert "is damaged" in _refused(folder).message
     weights.write_bytes(whole)
     config.write_text("{")
     assert "adapter_config.json` cannot be read" in _refused(folder).message
@@ -341,7 +394,7 @@ def test_what_is_read_back_is_compared(tmp_path: Path, monkeypatch: pytest.Monke
         return tensors
 
     monkeypatch.setattr(module, "load_tensors", flipped)
-    with pytest.raises(VerificationError, match="1 of 2 modules read back differ"):
+    with pytest.raises(VerificationError, match="1 of 4 tensors read back differ"):
         write_adapter(tmp_path / "a", _adapter())
     assert not list(tmp_path.iterdir())
 

@@ -4,7 +4,11 @@ Reading is strict, because peft itself only warns of a key it does not know, and
 is read without one of its features is a different adapter. A key is fine if decal understands it,
 if it only mattered when the adapter was made, or if it has its default or an empty value.
 Everything else is named and refused, together with what is wrong with the tensors (peft.py raises
-once for all).
+once for all). Keys that LoraConfig has no field for are carried along (`rest`) and written again.
+
+peft's rules for names are repeated here, because a reader must choose the same modules: a target
+is a whole name or its end after a dot, but modules_to_save are plain ends of names (`norm` also
+saves `post_attention_layernorm`).
 
 Knows no tensors and no folders.
 """
@@ -12,14 +16,24 @@ Knows no tensors and no folders.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from decal.config import LoraConfig
 
-__all__ = ["DEFAULTS", "PEFT_VERSION", "config_fields", "config_problems", "matches", "to_json"]
+__all__ = [
+    "DEFAULTS",
+    "PEFT_VERSION",
+    "config_fields",
+    "config_problems",
+    "misnamed",
+    "rest",
+    "saved_by",
+    "to_json",
+    "unsaved",
+]
 
 PEFT_VERSION = "0.21.2"
 """The peft whose files are read and written here."""
@@ -68,32 +82,36 @@ DEFAULTS: dict[str, Any] = {
     "velora_config": None,
 }
 
-_UNDERSTOOD = {
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out",
-    "init_lora_weights", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
-    "peft_type", "r", "revision", "target_modules", "task_type", "use_rslora",
+_FIELDS = {
+    "alpha_pattern", "bias", "exclude_modules", "layers_pattern", "layers_to_transform",
+    "lora_alpha", "lora_bias", "lora_dropout", "modules_to_save", "r", "rank_pattern",
+    "target_modules", "use_rslora",
 }  # fmt: skip
+"""Keys that are fields of LoraConfig, apart from init_lora_weights."""
+_FACTS = {
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "fan_in_fan_out",
+    "inference_mode", "peft_type", "peft_version", "revision", "task_type",
+}  # fmt: skip
+"""Keys that are understood and have a place of their own, or none that matters."""
 _ONLY_FOR_MAKING = {
-    "eva_config", "inference_mode", "loftq_config", "megatron_core", "peft_version",
-    "qalora_group_size", "runtime_config",
+    "eva_config", "loftq_config", "megatron_core", "qalora_group_size", "runtime_config",
 }  # fmt: skip
-_NARROWING = ("exclude_modules", "layers_to_transform")
-"""Keys that take modules out of target_modules again."""
+_AUTOMATIC = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""What peft adds to modules_to_save by itself, whether the model has it or not."""
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Starting values that leave the base as it is; after training they no longer matter."""
 
 _MEANING = {
     "alora_invocation_tokens": "aLoRA, active only after its invocation tokens",
-    "alpha_pattern": "an alpha per module",
     "arrow_config": "Arrow routing",
-    "bias": "trained biases",
     "kasa_config": "KaSA",
     "layer_replication": "replicated layers",
-    "lora_bias": "a bias on B",
     "megatron_config": "Megatron layers",
-    "modules_to_save": "fully trained modules",
     "monteclora_config": "MonteCLoRA",
-    "rank_pattern": "a rank per module",
     "target_parameters": "adapters on bare parameters",
     "trainable_token_indices": "trained token embeddings",
     "use_bdlora": "block-diagonal LoRA",
@@ -107,7 +125,7 @@ def config_problems(raw: Mapping[str, Any]) -> list[str]:
     """One line for each key whose value decal cannot honour."""
     problems = []
     for key, value in sorted(raw.items()):
-        if key in _UNDERSTOOD or key in _ONLY_FOR_MAKING:
+        if key in _FIELDS | _FACTS | _ONLY_FOR_MAKING or key == "init_lora_weights":
             continue
         if not value or value == DEFAULTS.get(key):
             continue
@@ -125,29 +143,30 @@ def config_fields(raw: Mapping[str, Any], modules: Iterable[str]) -> LoraConfig 
     """The LoRA settings in a raw adapter_config.json, or what is wrong with them.
 
     Missing keys have peft's defaults (r 8, lora_alpha 8, no dropout), not decal's. `modules` are
-    the paths that have tensors: they become the target modules where the file gives none or
-    narrows them with keys that have no counterpart here.
+    the paths that have tensors: they become the target modules where the file names none.
     """
-    modules = sorted(modules)
-    targets = raw.get("target_modules")
+    given = {key: raw[key] for key in sorted(_FIELDS & raw.keys())}
+    fields = {**{key: DEFAULTS[key] for key in _FIELDS}, **given}
+    targets = fields["target_modules"]
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = "all-linear"
-    if targets is None or any(raw.get(key) for key in _NARROWING):
-        targets = modules
-    if not isinstance(targets, str):
-        if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-            return [f"target_modules: {_short(targets)} (neither a string nor a list of strings)"]
-        targets = tuple(sorted(targets))
-    init = raw.get("init_lora_weights", True)
-    fields = {
-        "r": raw.get("r", 8),
-        "lora_alpha": raw.get("lora_alpha", 8),
-        "lora_dropout": raw.get("lora_dropout", 0.0),
-        "use_rslora": raw.get("use_rslora", False),
-        "target_modules": targets,
-        "init_lora_weights": init if init in (True, False, "gaussian") else True,
-    }
+    fields["target_modules"] = sorted(modules) if targets is None else targets
     problems = [f"{key}: null" for key in ("r", "lora_alpha") if fields[key] is None]
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        value = fields[key]
+        if value is None or (isinstance(value, str) and key != "modules_to_save"):
+            continue
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            problems.append(f"{key}: {_short(value)} (neither a string nor a list of strings)")
+        elif key in ("target_modules", "exclude_modules"):
+            fields[key] = sorted(set(value))
+        elif key == "modules_to_save":
+            fields[key] = list(dict.fromkeys(value))
+    for key in ("exclude_modules", "layers_pattern", "layers_to_transform"):
+        if fields[key] in ([], ""):
+            fields[key] = None
+    init = raw.get("init_lora_weights", True)
+    fields["init_lora_weights"] = init if init in (True, False, "gaussian") else True
     try:
         if not problems:
             return LoraConfig.model_validate(fields, strict=True)
@@ -156,40 +175,121 @@ def config_fields(raw: Mapping[str, Any], modules: Iterable[str]) -> LoraConfig 
     return problems
 
 
-def matches(module: str, target_modules: str | tuple[str, ...]) -> bool:
-    """Whether target_modules names `module`, by peft's rule.
+def rest(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that say something and have no other place in memory, to be written again."""
+    kept = {
+        key: value
+        for key, value in raw.items()
+        if key not in _FIELDS | _FACTS and (key not in DEFAULTS or value != DEFAULTS[key])
+    }
+    if kept.get("init_lora_weights") in (False, "gaussian"):
+        del kept["init_lora_weights"]
+    return kept
+
+
+def misnamed(module: str, config: LoraConfig) -> str | None:
+    """Why the settings do not choose `module`, which has factors; None if they do.
 
     A string is a regular expression for the whole path (`all-linear` takes everything), a list
     holds whole paths or their endings. Raises re.error for a broken expression.
     """
-    if isinstance(target_modules, str):
-        return target_modules == "all-linear" or re.fullmatch(target_modules, module) is not None
-    return any(module == t or module.endswith("." + t) for t in target_modules)
+    if not _named(module, config.target_modules):
+        return "is not named by target_modules"
+    if config.exclude_modules and _named(module, config.exclude_modules):
+        return "is named by exclude_modules"
+    saved = any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in config.modules_to_save)
+    if saved:
+        return "is named by modules_to_save, it is trained whole"
+    layers = config.layers_to_transform
+    if layers is None or isinstance(config.target_modules, str):
+        return None
+    number = _layer_number(module, config.layers_pattern)
+    chosen = (layers,) if isinstance(layers, int) else layers
+    return None if number in chosen else "is in no layer of layers_to_transform"
+
+
+def _named(module: str, names: str | Sequence[str]) -> bool:
+    if isinstance(names, str):
+        return names == "all-linear" or re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith("." + name) for name in names)
+
+
+def _layer_number(module: str, pattern: str | Sequence[str] | None) -> int | None:
+    """The first number after the list of layers in a module's path, by peft's rule."""
+    if not pattern:
+        found = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+        return int(found[1]) if found else None
+    for name in [pattern] if isinstance(pattern, str) else pattern:
+        if found := re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", module):
+            return int(found[1])
+    return None
+
+
+def saved_by(parameter: str, modules_to_save: Iterable[str]) -> str | None:
+    """The entry of modules_to_save whose module holds the parameter of this full name, or None."""
+    parts = parameter.split(".")
+    modules = [".".join(parts[:n]) for n in range(1, len(parts))]
+    return next((s for s in modules_to_save if any(m.endswith(s) for m in modules)), None)
+
+
+def unsaved(
+    modules_to_save: Sequence[str], parameters: Iterable[str], task_type: str | None
+) -> tuple[list[str], list[str]]:
+    """Entries of modules_to_save of which there is no tensor: (wrongly so, peft's own additions).
+
+    For a classifier peft names the heads of all architectures; only those of this one have tensors.
+    """
+    names = list(parameters)
+    without = [s for s in modules_to_save if not any(saved_by(name, [s]) for name in names)]
+    automatic = _AUTOMATIC.get(task_type or "", ())
+    return [s for s in without if s not in automatic], [s for s in without if s in automatic]
 
 
 def to_json(
     config: LoraConfig, modules: Iterable[str], others: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All 41 keys in sorted order.
+    """All 41 keys in sorted order, and what `others` has beyond them.
 
     `all-linear` and `attention` are decal's words for a choice that was made on the whole model;
-    in the file stand the modules that were chosen, so that every reader chooses the same.
+    in the file stand the modules that were chosen, so that every reader chooses the same. So it is
+    for a regular expression with layers_to_transform, which peft takes with lists only.
     """
     targets = config.target_modules
-    if targets in ("all-linear", "attention"):
+    layers = config.layers_to_transform
+    if targets in ("all-linear", "attention") or (isinstance(targets, str) and layers is not None):
         targets = tuple(modules)
-    alpha = config.lora_alpha
+    init = config.init_lora_weights
+    if config.lora_bias and init:
+        init = True  # peft refuses another start beside lora_bias; after training it says nothing
+    elif init is True:
+        init = others.get("init_lora_weights", True)
     values = {
         **DEFAULTS,
         **others,
-        "init_lora_weights": config.init_lora_weights,
-        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "alpha_pattern": {k: _number(v) for k, v in config.alpha_pattern.items()},
+        "bias": config.bias,
+        "exclude_modules": _names(config.exclude_modules),
+        "init_lora_weights": init,
+        "layers_pattern": _names(config.layers_pattern) if layers is not None else None,
+        "layers_to_transform": layers if layers is None or isinstance(layers, int) else [*layers],
+        "lora_alpha": _number(config.lora_alpha),
+        "lora_bias": config.lora_bias,
         "lora_dropout": config.lora_dropout,
+        "modules_to_save": list(config.modules_to_save) or None,
         "r": config.r,
+        "rank_pattern": dict(config.rank_pattern),
         "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "use_rslora": config.use_rslora,
     }
     return dict(sorted(values.items()))
+
+
+def _number(value: float) -> float:
+    return int(value) if value == int(value) else value
+
+
+def _names(value: str | Sequence[str] | None) -> str | list[str] | None:
+    return value if value is None or isinstance(value, str) else list(value)
 
 
 def _short(value: Any) -> str:
