@@ -177,12 +177,13 @@ def test_an_unknown_hub_id_without_network_says_so() -> None:
     assert caught.value.hint
 
 
-def test_a_quantized_checkpoint_is_not_quantized_again(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_only_says_it_is_quantized_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Fails if 16-bit weights pass as quantized ones, or are packed on the word of the config."""
     copied = _copy(folder, tmp_path / "m", lambda t: None)
     config = json.loads((copied / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (copied / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BaseModelError, match="quantized already"):
+    with pytest.raises(BaseModelError, match="says that it is stored quantized"):
         hf.load_model(str(copied), recipe=NF4)
 
 

@@ -27,12 +27,15 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from decal.errors import BaseModelError, QuantError
+from decal.errors import BaseModelError, DecalError, QuantError
 from decal.model import heads
 from decal.model.hub import commit_of, may_be_on_hub, model_folder, near_path, split_revision
 from decal.model.quantizer import DecalQuantizationConfig, quantizable_modules
 from decal.model.survey import base_modules
+from decal.model.unquantized import skipped
+from decal.quant import FORMATS, describe
 from decal.quant.base import Recipe
+from decal.quant.bnb import describe_quantization
 from decal.quant.identity import identity
 from decal.quant.linear import QuantLinear
 from decal.store.leftovers import is_leftover
@@ -53,6 +56,8 @@ class BaseInfo:
     """The hub's commit that was loaded; a branch may have moved on since. None for a folder."""
     recipe: Recipe | None
     """How the linear layers are stored; None for 16 or 32 bits."""
+    skip_modules: tuple[str, ...] = ()
+    """Modules that were asked to stay 16-bit, by the ends of their names."""
     new: tuple[str, ...] = ()
     """Parameters of a classification head that the files lack: they must be trained."""
     chat_template: str | None = None
@@ -90,9 +95,13 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: str = "auto",
     recipe: Recipe | None = None,
+    skip: Sequence[str] = (),
     labels: Sequence[str] | None = None,
 ) -> PreTrainedModel:
     """Loads a causal language model, quantized while it loads if `recipe` says so.
+
+    Modules that `skip` names stay as they are. What bitsandbytes stored quantized is loaded as it
+    is stored; a `recipe` must then be that of the files.
 
     With `labels` it is a classifier of these classes instead; a head that the files lack, or have
     for other labels, gets starting values and is named in `decal_base.new`.
@@ -110,14 +119,12 @@ def load_model(
     config = load_config(path, revision=commit or revision, trust_remote_code=trust_remote_code)
     device_map = {"": pick_device(device)} if str(pick_device(device)) != "cpu" else None
     quantization = None
-    if recipe is not None:
-        if getattr(config, "quantization_config", None) is not None:
-            raise BaseModelError(
-                f"`{path}` is quantized already ({_quant_method(config)})",
-                hint="load it with `quant: none`, or name the original 16-bit model",
-            )
+    stored = _stored_quantization(path, config)
+    if stored is not None:
+        config.quantization_config = DecalQuantizationConfig(format=stored["format"]).to_dict()
+    elif recipe is not None:
         quantization = DecalQuantizationConfig(
-            format=recipe.format, block_size=recipe.block_size, double=recipe.double
+            recipe.format, recipe.block_size, recipe.double, skip
         )
     auto, same_labels = AutoModelForCausalLM, False
     if labels is not None:
@@ -139,6 +146,10 @@ def load_model(
             raise _load_error(path, error) from error
     new = heads.settle(model, report, same_labels) if labels is not None else ()
     _refuse_incomplete(path, model, report)
+    if stored is not None:
+        recipe = _stored_recipe(path, model, recipe, skip)
+    elif recipe is not None:
+        _refuse_unquantized(path, model, skip)
     model.name_or_path = model.config.name_or_path = path if commit else str(folder)
     model.decal_base = BaseInfo(
         path=path if commit else str(folder.resolve()),
@@ -146,10 +157,9 @@ def load_model(
         dtype=dtype,
         commit=commit,
         recipe=recipe,
+        skip_modules=tuple(skip),
         new=new,
     )
-    if recipe is not None:
-        _refuse_unquantized(path, model)
     return model
 
 
@@ -202,11 +212,56 @@ def quantizer_identity(model: nn.Module) -> str | None:
     return identity(iter(packed)) if packed else None
 
 
-def _quant_method(config: Any) -> str:
-    quantization = config.quantization_config
-    if isinstance(quantization, dict):
-        return str(quantization.get("quant_method", "unknown"))
-    return str(getattr(quantization, "quant_method", "unknown"))
+def _stored_quantization(path: str, config: Any) -> dict[str, Any] | None:
+    """What bitsandbytes wrote into the config; None for a model that is not quantized.
+
+    Raises:
+        BaseModelError: quantized by another tool.
+    """
+    given = getattr(config, "quantization_config", None)
+    if given is None:
+        return None
+    settings = given if isinstance(given, dict) else given.to_dict()
+    found = describe_quantization({"quantization_config": settings})
+    if found is None or found["format"] not in FORMATS:
+        method = settings.get("quant_method", "unknown")
+        raise BaseModelError(
+            f"`{path}` is stored quantized ({found['format'] if found else method}), which decal "
+            "does not read",
+            hint="name the original 16-bit model, or one that bitsandbytes quantized",
+        )
+    return found
+
+
+def _stored_recipe(path: str, model: Any, asked: Recipe | None, skip: Sequence[str]) -> Recipe:
+    """The one recipe of a model that was read as it was stored.
+
+    Raises:
+        BaseModelError: no weight is quantized, or they differ in recipe.
+        QuantError: another recipe is asked for, or a layer that should have been skipped.
+    """
+    recipes = model.hf_quantizer.stored
+    if len(recipes) != 1:
+        found = ", ".join(sorted(describe(r) for r in recipes)) or "none"
+        raise BaseModelError(
+            f"`{path}` says that it is stored quantized, its weights are of {len(recipes)} kinds",
+            details=[found],
+        )
+    (recipe,) = recipes
+    if asked is not None and describe(asked) != describe(recipe):
+        raise QuantError(
+            f"`{path}` is stored as {describe(recipe)}, it cannot be loaded as {describe(asked)}",
+            hint="use `quant: none` to take it as it is stored, or name the original 16-bit model",
+        )
+    packed = [n for n, m in model.named_modules() if isinstance(m, QuantLinear)]
+    wrong = [name for name in packed if skipped(name, skip)]
+    if wrong:
+        raise QuantError(
+            f"{len(wrong)} layers that quant.skip_modules names are stored quantized in `{path}`",
+            details=[f"first: {wrong[0]}"],
+            hint="leave skip_modules out, or name the original 16-bit model",
+        )
+    return recipe
 
 
 class Quiet:
@@ -257,8 +312,8 @@ def _refuse_other_folder(path: str, folder: Path) -> None:
         )
 
 
-def _load_error(path: str, error: Exception) -> BaseModelError:
-    if isinstance(error, BaseModelError):
+def _load_error(path: str, error: Exception) -> DecalError:
+    if isinstance(error, DecalError):
         return error
     text = str(error)
     if "does not recognize this architecture" in text or "model type" in text:
@@ -311,8 +366,9 @@ def _refuse_unpackable(path: str, refused: list[tuple[str, QuantError]]) -> None
         )
 
 
-def _refuse_unquantized(path: str, model: nn.Module) -> None:
-    left = [n for n in quantizable_modules(model) if type(model.get_submodule(n)) is nn.Linear]
+def _refuse_unquantized(path: str, model: nn.Module, skip: Sequence[str]) -> None:
+    names = quantizable_modules(model, skip)
+    left = [name for name in names if not isinstance(model.get_submodule(name), QuantLinear)]
     if left or not any(isinstance(m, QuantLinear) for m in model.modules()):
         first = f", first `{left[0]}`" if left else ""
         raise BaseModelError(

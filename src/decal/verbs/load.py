@@ -31,7 +31,7 @@ from decal.verbs.target import (
 )
 from decal.version import __version__
 
-Quant = Literal["none", "nf4"] | QuantConfig | None
+Quant = Literal["none", "nf4", "fp4", "int8"] | QuantConfig | None
 
 
 def as_recipe(quant: Quant) -> Recipe | None:
@@ -69,7 +69,8 @@ def load_base(
 
     Args:
         path: hub id or folder.
-        quant: `none`, `nf4`, or a QuantConfig.
+        quant: `none`, the name of a format, or a QuantConfig. A base that bitsandbytes stored
+            quantized is loaded as it is stored.
         dtype: what the model computes in.
         device: `auto`, or a torch device name.
         labels: load a classifier of these classes instead of a language model.
@@ -85,6 +86,7 @@ def load_base(
         dtype=as_dtype(dtype),
         device=device,
         recipe=as_recipe(quant),
+        skip=quant.skip_modules if isinstance(quant, QuantConfig) else (),
         labels=labels,
     )
     loaded: hf.BaseInfo = model.decal_base
@@ -200,6 +202,7 @@ def recorded_quant(recorded: dict[str, Any] | None) -> QuantConfig:
         return QuantConfig(format="none")
     try:
         fields = {k: recorded[k] for k in ("format", "block_size", "double")}
+        fields["skip_modules"] = recorded.get("skip_modules", ())
         return QuantConfig(**fields)
     except (KeyError, ValueError) as error:
         raise QuantError(
@@ -280,6 +283,7 @@ def adapter_of(model: PreTrainedModel, name: str = "default") -> Adapter:
                 "format": info.recipe.format,
                 "block_size": info.recipe.block_size,
                 "double": info.recipe.double,
+                "skip_modules": list(info.skip_modules),
                 "dtype": base["dtype"],
                 "identity": hf.quantizer_identity(model),
             },

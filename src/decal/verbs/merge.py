@@ -69,6 +69,7 @@ class _AsTrained:
         recorded = metadata_json(adapter, QUANTIZER) or {}
         quant = recorded_quant(recorded)
         self._adapter, self._base = adapter, base
+        self.skip = quant.skip_modules
         self._identity = recorded.get("identity")
         self._recipe = Recipe(format=quant.format, block_size=quant.block_size, double=quant.double)
         self._dtype = as_dtype(recorded.get("dtype", "bfloat16"))
@@ -139,7 +140,7 @@ def merge(
     converters: dict[str, Callable[[Tensor], Tensor]] = {}
     if onto == "trained":
         as_trained = _AsTrained(loaded, path)
-        for module in quantizable_modules(skeleton):
+        for module in quantizable_modules(skeleton, as_trained.skip):
             key = keys.get(f"{module}.weight", f"{module}.weight")
             converters[key] = as_trained.converter(module, module in transposed)
     report = merge_files(
