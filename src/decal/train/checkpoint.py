@@ -2,9 +2,12 @@
 
 A checkpoint is three files: the trainable tensors, the optimizer's tensors, and state.json with
 everything that is not a tensor of the model: the step (which is also the position in the data),
-the best evaluation so far, the loss scale, torch's random generators, counters, and the
-circumstances (versions, threads, settings) under which "to the bit" holds. Knows no file formats;
-the run folder writes and reads.
+the best evaluation so far and how many came after it, the loss scale, which tensors had a gradient,
+torch's random generators, counters, and the circumstances (versions, threads, settings) under which
+"to the bit" holds. Knows no file formats; the run folder writes and reads.
+
+The curves are not in it: metrics.jsonl has them. Where that file was lost the run goes on without
+the old part of its curves, and says so.
 
 The random generators are kept although decal's dropout and data order are hashes of the seed: a
 base model or a loss of somebody else's may draw from them.
@@ -13,6 +16,7 @@ base model or a loss of somebody else's may draw from them.
 from __future__ import annotations
 
 import base64
+import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,10 +27,13 @@ import torch
 from torch import Tensor
 
 from decal.errors import StorageError
+from decal.train import eightbit
 from decal.train.events import Checkpoint, Job, Note, Saved
 from decal.train.optim import Optimizer, misfit
 
 PACKAGES = ("decal", "torch", "transformers")
+PLAIN = ("stale", "loss", "eval_loss", "skipped", "tokens", "trained_tokens", "step_seconds")
+"""Fields of Progress that are entries of state.json as they are."""
 
 
 @dataclass
@@ -37,6 +44,14 @@ class Progress:
     """Optimizer steps done."""
     best_loss: float | None = None
     best_step: int | None = None
+    stale: int = 0
+    """Evaluations since the best one; early stopping goes by it."""
+    loss: float = math.nan
+    """Of the last step."""
+    eval_loss: float | None = None
+    """Of the last evaluation."""
+    skipped: int = 0
+    """Steps whose update was skipped because float16 gradients overflowed."""
     tokens: int = 0
     trained_tokens: int = 0
     step_seconds: float = 0.0
@@ -47,10 +62,11 @@ class Progress:
     eval_curve: list[tuple[int, float]] = field(default_factory=list)
 
 
-def circumstances(device: torch.device) -> dict[str, Any]:
+def circumstances(job: Job, device: torch.device) -> dict[str, Any]:
     """What must be equal for two runs to agree to the bit."""
     versions = {}
-    for name in PACKAGES:
+    eight = job.settings.optimizer in eightbit.CLASSES
+    for name in (*PACKAGES, "bitsandbytes") if eight else PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -77,12 +93,11 @@ def save(job: Job, optimizer: Optimizer, progress: Progress, seconds: float) -> 
         "best": best if progress.best_step is not None else None,
         "scaler": optimizer.scaler_state(),
         "rng": _generators(optimizer.device),
-        "tokens": progress.tokens,
-        "trained_tokens": progress.trained_tokens,
-        "step_seconds": progress.step_seconds,
+        "heard": optimizer.heard.state(),
+        **{name: getattr(progress, name) for name in PLAIN},
         "seconds": seconds,
-        "circumstances": circumstances(optimizer.device),
-        "settings": job.settings.model_dump(),
+        "circumstances": circumstances(job, optimizer.device),
+        "settings": job.settings.model_dump(mode="json"),
     }
     files = {"trainable": job.parameters, "optimizer": optimizer.tensors()}
     tensors = {
@@ -113,18 +128,21 @@ def start(job: Job, optimizer: Optimizer) -> Progress:
     _warn_of_changes(job, optimizer, state)
     load_trainable(job, found)
     optimizer.load(found.tensors("optimizer"), state["scaler"])
+    optimizer.heard.load(state["heard"])
     _set_generators(state["rng"], optimizer.device)
     job.run.truncate_metrics(found.step)
     lines = job.run.metrics()
     progress = Progress(
         step=found.step,
-        tokens=state["tokens"],
-        trained_tokens=state["trained_tokens"],
-        step_seconds=state["step_seconds"],
+        **{name: state[name] for name in PLAIN},
         seconds=state["seconds"],
         curve=[(line["step"], line["loss"]) for line in lines if "loss" in line],
         eval_curve=[(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line],
     )
+    missing = found.step - len(progress.curve)
+    if missing:
+        text = f"metrics.jsonl lacks {missing} of the {found.step} steps: the curves have a gap"
+        job.observe(Note(text=text))
     if state["best"] is not None:
         _take_best(job, progress, state["best"])
     return progress
@@ -159,17 +177,18 @@ def _take_best(job: Job, progress: Progress, best: Mapping[str, Any]) -> None:
         except StorageError as error:
             text = f"the best weights so far (step {best['step']}) are lost: {error.message}"
             job.observe(Note(text=text))
+            progress.stale = 0
             return
     progress.best_loss, progress.best_step = best["loss"], best["step"]
 
 
 def _warn_of_changes(job: Job, optimizer: Optimizer, state: Mapping[str, Any]) -> None:
-    now = circumstances(optimizer.device)
+    now = circumstances(job, optimizer.device)
     changed = _differences(state["circumstances"], now)
     if changed:
         text = "the run goes on, but not to the bit as it would have: " + ", ".join(changed)
         job.observe(Note(text=text))
-    changed = _differences(state["settings"], job.settings.model_dump())
+    changed = _differences(state["settings"], job.settings.model_dump(mode="json"))
     if changed:
         text = "the run goes on with other settings: " + ", ".join(changed)
         job.observe(Note(text=text))

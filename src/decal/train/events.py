@@ -112,6 +112,8 @@ class StepDone:
     lr: float
     grad_norm: float | None
     """Before clipping. None: fp16 overflowed, the update was skipped and the scale lowered."""
+    skipped: int = 0
+    """Updates that were skipped for that reason so far."""
     tokens: int
     tokens_per_second: float
     """Over the last steps, evaluations and checkpoints apart."""
@@ -169,6 +171,8 @@ class Job:
     settings: TrainConfig
     run: RunFolder
     observe: Callable[[Event], None] = field(default=lambda event: None)
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Factors on the learning rate by parameter name; 1 for those that are not named."""
     scale_loss: bool = False
     """The callable computes in float16: losses are scaled so that small gradients survive."""
     resume: bool = False
@@ -201,6 +205,11 @@ class Result:
     """What a finished training did. Losses are per trained token."""
 
     steps: int
+    """Optimizer steps that were done."""
+    stopped: str | None
+    """Why it ended before its last step (early stopping), in a sentence; None if it did not."""
+    skipped: int
+    """Steps whose update was skipped because float16 gradients overflowed."""
     loss: float
     """Of the last step."""
     eval_loss: float | None
@@ -218,6 +227,6 @@ class Result:
     memory: Memory
     """Of this process."""
     curve: tuple[tuple[int, float], ...]
-    """(step, loss) of every step."""
+    """(step, loss) of every step that metrics.jsonl knows: all, unless it was damaged."""
     eval_curve: tuple[tuple[int, float], ...]
     """(step, eval loss)."""

@@ -25,12 +25,13 @@ the metrics after its checkpoint and does those steps again, the same to the bit
 function of the step's index, dropout is a function of seed, epoch and position, and everything
 else is in the checkpoint.
 
-In the first two steps every trainable tensor must have seen a gradient other than zero (with B = 0
-LoRA's A sees its first in step 2). One that has not is not part of the forward pass, and would be
-saved as if it had been trained.
+Trainable tensors that the loss does not reach are found in the first steps (heard.py): they are not
+part of the forward pass, and would be saved as if they had been trained.
 
 Evaluations keep sums only. Whenever one is the best so far a checkpoint is written, and at the end
-the parameters are set to the best (`keep: best`) or left as they are (`keep: last`).
+the parameters are set to the best (`keep: best`) or left as they are (`keep: last`). After
+`early_stopping` evaluations without a lower loss the run is over; the count is in the checkpoint,
+so that a resumed run stops where the other would have.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ from decal.config import TrainConfig
 from decal.errors import TrainingError
 from decal.train import checkpoint
 from decal.train.checkpoint import Progress
-from decal.train.events import EvalDone, Evaluating, Job, Result, Step, StepDone
+from decal.train.events import EvalDone, Evaluating, Job, Note, Result, Step, StepDone
+from decal.train.heard import LATE
 from decal.train.memory import PeakMemory
 from decal.train.optim import Optimizer, lr_at
 from decal.train.stop import StopSignal
@@ -58,22 +60,26 @@ from decal.train.trouble import (
     broken_gradients,
     calmer,
     interrupted,
+    out_of_patience,
+    refuse_disconnected,
     refuse_not_finite,
     refuse_untrainable,
     refuse_unusable,
     rows_of,
-    unheard,
+    still_silent,
 )
 
 EVALS_PER_RUN = 10
-STEPS_TO_BE_HEARD = 2
-"""Updates after which a tensor without gradient is an error."""
 RECENT = 20
 """Steps over which the speed is averaged."""
 
 
 def total_steps(steps_per_epoch: int, settings: TrainConfig) -> int:
-    """Optimizer steps of the whole run: `max_steps`, or epochs times steps rounded up."""
+    """Optimizer steps of the whole run: `max_steps`, or epochs times steps rounded up.
+
+    Parts of an epoch are parts of its steps: 1.5 epochs of 7 steps are 11 steps. The product is
+    rounded first, so that 0.07 epochs of 100 steps are 7 although 0.07 * 100 is a little more.
+    """
     if settings.max_steps is not None:
         return settings.max_steps
     return max(1, math.ceil(round(settings.epochs * steps_per_epoch, 6)))
@@ -84,7 +90,8 @@ def train(job: Job) -> Result:
 
     Raises:
         TrainingError: nothing to train, NaN or infinity, tensors without a gradient, a checkpoint
-            of other parameters.
+            of other parameters, early stopping without evaluation data.
+        ConfigError: the optimizer does not work here.
         StorageError: metrics or a checkpoint could not be written; earlier checkpoints are intact.
         Interrupted: Ctrl-C; a checkpoint of the last whole step was written.
     """
@@ -92,7 +99,7 @@ def train(job: Job) -> Result:
     total = total_steps(job.steps.steps_per_epoch, job.settings)
     eval_every = job.settings.eval_every or math.ceil(total / EVALS_PER_RUN)
     save_every = job.settings.save_every or eval_every
-    optimizer = Optimizer(job.parameters, job.settings, scale_loss=job.scale_loss)
+    optimizer = Optimizer(job.parameters, job.settings, rates=job.rates, scale_loss=job.scale_loss)
     with (
         closing(optimizer),
         PeakMemory(optimizer.device) as memory,
@@ -100,8 +107,12 @@ def train(job: Job) -> Result:
     ):
         progress = checkpoint.start(job, optimizer)
         clock = _Clock(progress, total)
+        over = _is_over(job, progress, total)
+        if over:
+            text = f"the run is finished after {progress.step} of {total} steps: nothing is trained"
+            job.observe(Note(text=text, warning=False))
 
-        for step in islice(job.steps.steps(progress.step), total - progress.step):
+        for step in islice(job.steps.steps(progress.step), 0 if over else total - progress.step):
             lr = lr_at(step.index, total, job.settings)
             done = _learn(job, optimizer, step, lr, stop.poll)
             progress.step = step.index + 1
@@ -110,16 +121,29 @@ def train(job: Job) -> Result:
             best = False
             if progress.step % eval_every == 0 or progress.step == total:
                 best = _evaluate(job, progress, stop.poll)
-            due = progress.step % save_every == 0 or progress.step == total
-            if due or best or stop.requested:
+            over = _is_over(job, progress, total)
+            if progress.step % save_every == 0 or best or over or stop.requested:
                 checkpoint.save(job, optimizer, progress, clock.seconds())
             if stop.requested:
                 raise interrupted(progress.step, total)
+            if over:
+                break
 
-        if progress.step < total:
+        if not over:
             raise TrainingError(f"the data ended after step {progress.step} of {total}")
+        if optimizer.heard.silent:
+            job.observe(still_silent(optimizer.heard, "in the whole run"))
+        stopped = out_of_patience(progress, total) if progress.step < total else None
+        if stopped:
+            job.observe(Note(text=stopped, warning=False))
         kept = _keep(job, progress)
-        return _result(progress, kept, clock.seconds(), memory)
+        return _result(progress, kept, stopped, clock.seconds(), memory)
+
+
+def _is_over(job: Job, progress: Progress, total: int) -> bool:
+    """All steps are done, or the evaluations have stopped improving for too long."""
+    patience = job.settings.early_stopping
+    return progress.step >= total or (patience is not None and progress.stale >= patience)
 
 
 class _Clock:
@@ -184,8 +208,10 @@ def _learn(
         skipped = optimizer.skip()
         if not skipped:
             raise broken_gradients(job.settings, step, optimizer.not_finite())
-    if optimizer.silent and optimizer.updates >= STEPS_TO_BE_HEARD:
-        raise unheard(optimizer.silent, len(job.parameters))
+    if not skipped:
+        refuse_disconnected(optimizer.heard)
+        if optimizer.heard.silent and optimizer.heard.updates == LATE:
+            job.observe(still_silent(optimizer.heard, f"in the first {LATE} updates"))
     return _Done(
         loss=sum(values) / trained,
         norm=None if skipped else size,
@@ -209,7 +235,11 @@ def _record(
         "trained_tokens": done.trained,
         "seconds": round(done.seconds, 4),
     }
+    if job.scale_loss:
+        progress.skipped += done.norm is None
+        line["skipped"] = progress.skipped
     job.run.append_metrics(line)
+    progress.loss = done.loss
     progress.tokens += done.tokens
     progress.trained_tokens += done.trained
     progress.step_seconds += done.seconds
@@ -223,6 +253,7 @@ def _record(
             loss=done.loss,
             lr=lr,
             grad_norm=done.norm,
+            skipped=progress.skipped,
             tokens=done.tokens,
             tokens_per_second=clock.tokens_per_second(),
             eta=clock.eta(progress.step),
@@ -251,8 +282,10 @@ def _evaluate(job: Job, progress: Progress, poll: Callable[[], None]) -> bool:
             hint=calmer(job.settings),
         )
     best = progress.best_loss is None or value < progress.best_loss
+    progress.eval_loss = value
+    progress.stale += 1
     if best:
-        progress.best_loss, progress.best_step = value, progress.step
+        progress.best_loss, progress.best_step, progress.stale = value, progress.step, 0
     progress.eval_curve.append((progress.step, value))
     job.run.append_metrics({"step": progress.step, "eval_loss": value})
     job.observe(EvalDone(step=progress.step, eval_loss=value, best=best))
@@ -268,11 +301,15 @@ def _keep(job: Job, progress: Progress) -> int:
     return best
 
 
-def _result(progress: Progress, kept: int, seconds: float, memory: PeakMemory) -> Result:
+def _result(
+    progress: Progress, kept: int, stopped: str | None, seconds: float, memory: PeakMemory
+) -> Result:
     return Result(
         steps=progress.step,
-        loss=progress.curve[-1][1],
-        eval_loss=progress.eval_curve[-1][1] if progress.eval_curve else None,
+        stopped=stopped,
+        skipped=progress.skipped,
+        loss=progress.loss,
+        eval_loss=progress.eval_loss,
         best_eval_loss=progress.best_loss,
         best_step=progress.best_step,
         kept_step=kept,

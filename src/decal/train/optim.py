@@ -11,10 +11,13 @@ master, and the parameter becomes the rounded master. The price is 16 bytes a we
 master, gradient and the two moments. Keeping bf16 moments and rounding stochastically would halve
 that; it is not exact on resume across devices, and is not done.
 
-Weight decay acts on tensors of two or more dimensions; biases and norms are left alone.
+Weight decay acts on tensors of two or more dimensions; biases and norms are left alone. Where a
+tensor has a rate of its own (`rates`: LoRA+, `lr_pattern`) only Adam's step is scaled by it: its
+decay is divided by the factor, so that every tensor decays by lr * weight_decay.
 
 The gradient's scale with float16 (`scale_loss`) is torch's GradScaler: a step whose gradients
-overflow is skipped and the scale halved.
+overflow is skipped and the scale halved. Scaled gradients of float32 parameters are float32, so
+masters and moments never see float16; what can overflow is between the layers.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ from torch.nn import Parameter
 
 from decal.config import TrainConfig
 from decal.errors import TrainingError
+from decal.train import eightbit
+from decal.train.heard import Heard
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -36,6 +41,10 @@ FUSED_ON = ("cpu", "cuda")
 """Device types with one kernel for all of AdamW: on a CPU ten times faster for small tensors."""
 STATE = ("exp_avg", "exp_avg_sq", "step")
 MASTER = "master"
+RATE = "rate"
+"""A group's factor on the learning rate, kept among torch's own keys of a group."""
+USUAL_WARMUP = 0.03
+"""The share whose length `inverse-sqrt` without warm-up falls by."""
 
 
 def warmup_steps(total: int, share: float) -> int:
@@ -48,10 +57,17 @@ def lr_at(step: int, total: int, config: TrainConfig) -> float:
 
     With w warm-up steps the rate would be 0 at step -1, is `lr` at step w, and for `linear` and
     `cosine` would be 0 at step `total`: no update is spent on a rate of zero.
+
+    `inverse-sqrt` (Vaswani et al. 2017) is lr * sqrt(T / (T + step - w)) with T = w + 1, which is
+    lr * sqrt((w + 1) / (step + 1)) and goes on from the rise. Without warm-up T = 1 would halve
+    the rate within four steps, so T is then what the usual warm-up of 3 % would make it.
     """
     warm = warmup_steps(total, config.warmup)
     if step < warm:
         return config.lr * (step + 1) / (warm + 1)
+    if config.schedule == "inverse-sqrt":
+        scale = 1 + (warm or warmup_steps(total, USUAL_WARMUP))
+        return config.lr * math.sqrt(scale / (scale + step - warm))
     done = (step - warm) / (total - warm)
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1.0 + math.cos(math.pi * done))
@@ -63,18 +79,25 @@ class Optimizer:
 
     Args:
         parameters: trainable tensors by name; 16-bit ones get float32 masters.
-        config: `lr`, `weight_decay` and `max_grad_norm` are read.
+        config: `optimizer`, `lr`, `weight_decay` and `max_grad_norm` are read.
+        rates: factors on the learning rate by parameter name; 1 for the others.
         scale_loss: scale the loss before backward, for float16.
+
+    Raises:
+        ConfigError: the 8-bit optimizer that is asked for does not work here.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Parameter], config: TrainConfig, *, scale_loss: bool = False
+        self,
+        parameters: Mapping[str, Parameter],
+        config: TrainConfig,
+        *,
+        rates: Mapping[str, float] | None = None,
+        scale_loss: bool = False,
     ):
         self.parameters = dict(parameters)
-        self.silent = set(self.parameters)
-        """Names of tensors that have not yet had a gradient other than zero."""
-        self.updates = 0
-        """Updates since this object was made."""
+        self.heard = Heard(self.parameters)
+        self._eightbit = config.optimizer in eightbit.CLASSES
         self._max_norm = config.max_grad_norm
         self._masters: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
@@ -83,22 +106,28 @@ class Optimizer:
                 self._masters[name] = parameter
             else:
                 self._masters[name] = self._give_master(parameter)
-        decayed = [m for m in self._masters.values() if m.dim() > 1]
-        plain = [m for m in self._masters.values() if m.dim() <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
         self.device = next(iter(self._masters.values())).device
-        types = {m.device.type for m in self._masters.values()}
-        self._adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]],
-            lr=config.lr,
-            betas=BETAS,
-            eps=EPS,
-            fused=True if types.issubset(FUSED_ON) else None,
-        )
+        self._adamw = self._make(config, rates or {})
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=scale_loss)
+
+    def _make(self, config: TrainConfig, rates: Mapping[str, float]) -> torch.optim.Optimizer:
+        """AdamW over groups of tensors that share their rate and their decay."""
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, master in self._masters.items():
+            rate = rates.get(name, 1.0)
+            decay = config.weight_decay / rate if master.dim() > 1 else 0.0
+            groups.setdefault((rate, decay), []).append(master)
+        made: list[dict[str, Any]] = [
+            {"params": masters, "weight_decay": decay, RATE: rate}
+            for (rate, decay), masters in groups.items()
+        ]
+        settings: dict[str, Any] = {"lr": config.lr, "betas": BETAS, "eps": EPS}
+        if self._eightbit:
+            eightbit.require(config.optimizer, self.device)
+            return eightbit.make(config.optimizer, made, **settings)
+        types = {m.device.type for m in self._masters.values()}
+        fused = True if types.issubset(FUSED_ON) else None
+        return torch.optim.AdamW(made, fused=fused, **settings)
 
     def _give_master(self, parameter: Parameter) -> Tensor:
         """A float32 copy that collects the gradients of a 16-bit parameter."""
@@ -129,32 +158,27 @@ class Optimizer:
         """The 2-norm over all gradients, unscaled, on the device; call once, after backward."""
         if self._scaler.is_enabled():
             self._scaler.unscale_(self._adamw)
-        if self.silent:
-            self._listen()
         return torch.nn.utils.get_total_norm([g for _, g in self._gradients()])
 
     def _gradients(self) -> list[tuple[str, Tensor]]:
         return [(n, m.grad) for n, m in self._masters.items() if m.grad is not None]
-
-    def _listen(self) -> None:
-        heard = [(n, g) for n, g in self._gradients() if n in self.silent]
-        if heard:
-            loud = torch.stack([(g != 0).any() for _, g in heard]).tolist()
-            self.silent -= {name for (name, _), yes in zip(heard, loud, strict=True) if yes}
 
     def not_finite(self) -> list[str]:
         """Names of the tensors whose gradient holds NaN or infinity."""
         return [n for n, g in self._gradients() if not bool(torch.isfinite(g).all())]
 
     def update(self, lr: float, norm: Tensor) -> None:
-        """Clips to `max_grad_norm`, updates, and forgets the gradients."""
+        """Clips to `max_grad_norm`, updates, and forgets the gradients.
+
+        `lr` is the base rate; every tensor is updated with its own factor of it.
+        """
+        self.heard.listen(self._gradients())
         held = [m for m in self._masters.values() if m.grad is not None]
         torch.nn.utils.clip_grads_with_norm_(held, self._max_norm, norm)
         for group in self._adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group[RATE]
         self._scaler.step(self._adamw)
         self._scaler.update()
-        self.updates += 1
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 if self._masters[name] is not parameter:
@@ -175,12 +199,15 @@ class Optimizer:
         return dict(self._scaler.state_dict())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Masters and moments as `<parameter>.<master|exp_avg|exp_avg_sq|step>`."""
+        """Masters and state by name: `<parameter>.master` where the parameter is 16-bit, and
+        `<parameter>.<exp_avg|exp_avg_sq|step>`, or with 8 bits `.<state1|absmax1|…|step>`.
+        """
         out: dict[str, Tensor] = {}
         for name, master in self._masters.items():
             if master is not self.parameters[name]:
                 out[f"{name}.{MASTER}"] = master.detach()
-            for key, value in self._adamw.state.get(master, {}).items():
+            state = self._adamw.state.get(master, {})
+            for key, value in (eightbit.state_tensors(state) if self._eightbit else state).items():
                 out[f"{name}.{key}"] = value
         return out
 
@@ -191,25 +218,34 @@ class Optimizer:
             TrainingError: tensors for other parameters, or of other shapes.
         """
         rest = dict(tensors)
-        state: dict[int, dict[str, Tensor]] = {}
-        names = {id(m): n for n, m in self._masters.items()}
-        order = [p for group in self._adamw.param_groups for p in group["params"]]
+        found: dict[Tensor, dict[str, Tensor]] = {}
         wrong: list[str] = []
-        for index, master in enumerate(order):
-            name = names[id(master)]
-            found = {k: rest.pop(f"{name}.{k}") for k in STATE if f"{name}.{k}" in rest}
+        for name, master in self._masters.items():
             if master is not self.parameters[name]:
                 wrong += _copy_master(name, master, rest.pop(f"{name}.{MASTER}", None))
-            if found:
-                state[index] = found
-                wrong += _misfits(name, master, found)
+            keys = [k for k in (*STATE, *eightbit.STATE) if f"{name}.{k}" in rest]
+            if keys:
+                found[master] = {k: rest.pop(f"{name}.{k}") for k in keys}
+        wrong += self._take_state(found)
         wrong += [f"{key}: belongs to no trainable tensor" for key in rest]
         if wrong:
             raise misfit("optimizer", wrong)
-        groups = self._adamw.state_dict()["param_groups"]
-        self._adamw.load_state_dict({"state": state, "param_groups": groups})
         if self._scaler.is_enabled() and scaler:
             self._scaler.load_state_dict(dict(scaler))
+
+    def _take_state(self, found: Mapping[Tensor, Mapping[str, Tensor]]) -> list[str]:
+        """Gives the masters their moments; returns what does not fit."""
+        names = {master: name for name, master in self._masters.items()}
+        if self._eightbit:
+            wrong = eightbit.restore(self._adamw, found)
+            return [f"{names[master]}: {text}" for master, text in wrong.items()]
+        problems = [p for m, state in found.items() for p in _misfits(names[m], m, state)]
+        if not problems:
+            order = [p for group in self._adamw.param_groups for p in group["params"]]
+            state = {i: dict(found[m]) for i, m in enumerate(order) if m in found}
+            groups = self._adamw.state_dict()["param_groups"]
+            self._adamw.load_state_dict({"state": state, "param_groups": groups})
+        return problems
 
 
 def _copy_master(name: str, master: Tensor, saved: Tensor | None) -> list[str]:

@@ -13,7 +13,9 @@ from torch import Tensor
 from decal.config import TrainConfig
 from decal.data.batch import Batch
 from decal.errors import Interrupted, TrainingError
-from decal.train.events import Job, Step
+from decal.train.checkpoint import Progress
+from decal.train.events import Job, Note, Step
+from decal.train.heard import Heard
 
 ROWS_SHOWN = 16
 NAMES_SHOWN = 3
@@ -47,12 +49,19 @@ def calmer(settings: TrainConfig) -> str:
 
 
 def refuse_untrainable(job: Job) -> None:
-    """There must be parameters, and all of them must require a gradient."""
+    """There must be parameters, all of them must require a gradient, and early stopping must have
+    something to go by.
+    """
     frozen = [name for name, p in job.parameters.items() if not p.requires_grad]
     if not job.parameters:
         raise TrainingError(
             "nothing to train: 0 parameters require a gradient",
             hint="attach an adapter first, or load an existing one as trainable",
+        )
+    if job.settings.early_stopping and not job.eval_batches:
+        raise TrainingError(
+            "`train.early_stopping` is set, but there is nothing to evaluate on",
+            hint="give the run evaluation data, or leave `train.early_stopping` out",
         )
     if frozen:
         raise TrainingError(
@@ -102,12 +111,31 @@ def broken_gradients(settings: TrainConfig, step: Step, names: Collection[str]) 
     )
 
 
-def unheard(silent: Collection[str], count: int) -> TrainingError:
-    """Tensors that the loss does not reach."""
-    return TrainingError(
-        f"{len(silent)} of {count} trainable tensors had no gradient in the first steps",
-        details=_listed(silent),
-        hint="the forward pass does not use them: check adapter.target_modules",
+def refuse_disconnected(heard: Heard) -> None:
+    """The loss must depend on every kind of trainable tensor; heard.py says when that is known."""
+    silent = heard.disconnected()
+    if silent:
+        raise TrainingError(
+            f"{len(silent)} of {len(heard.names)} trainable tensors had no gradient in the first "
+            f"{heard.updates} updates",
+            details=_listed(silent),
+            hint="the forward pass does not use them: check adapter.target_modules",
+        )
+
+
+def still_silent(heard: Heard, when: str) -> Note:
+    """The warning for tensors that are silent among others of their kind."""
+    return Note(
+        text=f"{len(heard.silent)} of {len(heard.names)} trainable tensors had no gradient {when}, "
+        f"others of their kind had one: {', '.join(_listed(heard.silent))}"
+    )
+
+
+def out_of_patience(progress: Progress, total: int) -> str:
+    """Why early stopping ended the run."""
+    return (
+        f"stopped early after step {progress.step} of {total}: in {progress.stale} evaluations the "
+        f"loss has not fallen below {progress.best_loss:.4f} (step {progress.best_step})"
     )
 
 
