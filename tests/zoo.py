@@ -124,6 +124,7 @@ ZOO: dict[str, Tiny] = {
             sliding_window=4,
             query_pre_attn_scalar=17,
             attn_logit_softcapping=2.0,
+            attn_implementation="eager",
             final_logit_softcapping=5.0,
         ),
     ),

@@ -105,3 +105,22 @@ def test_sequences_must_cover_the_rows() -> None:
     leaves, _, _ = case([5], {})
     with pytest.raises(ValueError, match="from 0 to 4, q has 5 rows"):
         ops.attention_flat(*leaves, torch.tensor([0, 4]), 1.0)
+
+
+@pytest.mark.parametrize("variant", [{}, {"softcap": 1.5}, {"sinks": True}], ids=str)
+def test_masked_is_flat_where_the_mask_is_causal(variant: dict[str, object]) -> None:
+    """1e-9 in float64. Fails with the mask on the wrong axis, or the cap after the mask."""
+    leaves, edges, extra = case([9], variant)
+    q, k, v = (x.transpose(0, 1)[None] for x in leaves)
+    visible = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    masked = ops.attention_masked(q, k, v, visible, 0.3, **extra)  # type: ignore[arg-type]
+    flat = ops.attention_flat(*leaves, torch.tensor(edges), 0.3, **extra)  # type: ignore[arg-type]
+    torch.testing.assert_close(masked[0].transpose(0, 1), flat, rtol=1e-9, atol=1e-12)
+
+
+def test_masked_rows_that_see_nothing_are_finite() -> None:
+    """Padding on the left. Fails with scores of minus infinity, whose softmax is no number."""
+    q, k, v = torch.randn(1, 2, 3, 4), torch.randn(1, 1, 3, 4), torch.randn(1, 1, 3, 4)
+    visible = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    visible[..., 0] = False
+    assert ops.attention_masked(q, k, v, visible, 0.5, softcap=2.0).isfinite().all()

@@ -126,6 +126,7 @@ def test_every_op_explains_its_backend() -> None:
         "int8_matmul",
         "dropout_keep",
         "attention_flat",
+        "attention_masked",
     }
     assert all(callable(getattr(ops, name)) for name in ops.explain())
     assert ops.explain()["dropout_keep"].backend == "torch"

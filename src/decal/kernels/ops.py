@@ -39,6 +39,7 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
     "int8_matmul": {"torch": reference_int8.int8_matmul},
     "dropout_keep": {"torch": reference_dropout.dropout_keep},
     "attention_flat": {"torch": reference_attention.attention_flat},
+    "attention_masked": {"torch": reference_attention.attention_masked},
 }
 """Implementations of each op by backend, the preferred one first."""
 
@@ -127,3 +128,16 @@ def attention_flat(
     """q [T, Hq, D], k [T, Hk, D], v [T, Hk, Dv] -> [T, Hq, Dv], causal inside each sequence."""
     attend = _run("attention_flat")
     return attend(q, k, v, cu_seq_lens, scale, window, softcap, sinks)
+
+
+def attention_masked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """q [n, Hq, S, D], k [n, Hk, L, D], v [n, Hk, L, Dv] -> [n, Hq, S, Dv], where visible."""
+    return _run("attention_masked")(q, k, v, visible, scale, softcap, sinks)

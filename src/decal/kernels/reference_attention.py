@@ -1,10 +1,10 @@
-"""Causal attention over a flattened batch in plain torch: the specification of `attention_flat`.
+"""Attention in plain torch: the specification of `attention_flat` and `attention_masked`.
 
-Knows tensors only: no mask tensor of the whole batch, no model. Sequences lie one after the other;
-none sees another. Sequences of similar length are stacked and computed together, filled up on the
-right with their last token: causal attention never looks to the right, and what the filling
-computes is dropped, so neither results nor gradients see it. One call per distinct length, without
-filling, took 1.4 times as long at chat-like lengths.
+Knows tensors only, no model. `attention_flat` is causal and holds no mask of the whole batch: the
+sequences lie one after the other, none sees another. Those of similar length are stacked and
+computed together, filled up on the right with their last token: causal attention never looks to
+the right, and what the filling computes is dropped, so neither results nor gradients see it. One
+call per distinct length, without filling, took 1.4 times as long at chat-like lengths.
 
     s[i, j] = scale * q[i] . k[j]                      query head h uses key head h // (Hq / Hk)
     s = softcap * tanh(s / softcap)                    where a soft cap is given (Gemma 2)
@@ -103,20 +103,44 @@ def _stacked(
     else:
         step = max(1, _SCORES // (q.shape[1] * length * length))
         parts = zip(q.split(step), k.split(step), v.split(step), strict=True)
-        out = torch.cat([_written_out(a, b, c, scale, seen, softcap, sinks) for a, b, c in parts])
+        visible = _window(length, seen, q.device)
+        out = torch.cat(
+            [attention_masked(a, b, c, visible, scale, softcap, sinks) for a, b, c in parts]
+        )
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def _written_out(
+def _window(length: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [1, 1, S, S]: what a causal sequence sees."""
+    at = torch.arange(length, device=device)
+    apart = at[:, None] - at[None, :]
+    visible = apart >= 0
+    if window is not None:
+        visible = visible & (apart < window)
+    return visible[None, None]
+
+
+def attention_masked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    visible: Tensor,
     scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """q [n, Hq, S, D], k [n, Hk, S, D], v [n, Hk, S, Dv] -> [n, Hq, S, Dv]."""
+    """Attention with the softmax written out, for what torch's fused attention does not know.
+
+    Args:
+        q: [n, Hq, S, D] floating.
+        k: [n, Hk, L, D], Hk divides Hq.
+        v: [n, Hk, L, Dv].
+        visible: bool [n or 1, 1, S, L]. A row that sees nothing, of padding, gets finite values.
+        scale, softcap, sinks: as in `attention_flat`.
+
+    Returns:
+        [n, Hq, S, Dv] in q's dtype.
+    """
     n, heads, length, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     groups = heads // k.shape[1]
@@ -124,14 +148,9 @@ def _written_out(
     scores = q_ @ k.to(wide)[:, :, None].transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    at = torch.arange(length, device=q.device)
-    apart = at[:, None] - at[None, :]
-    visible = apart >= 0
-    if window is not None:
-        visible = visible & (apart < window)
-    scores = scores.masked_fill(~visible, -torch.inf)
+    scores = scores.masked_fill(~visible[:, :, None], torch.finfo(wide).min)
     if sinks is not None:
         sink = sinks.to(wide).view(1, -1, groups, 1, 1).expand(n, -1, -1, length, 1)
         scores = torch.cat([scores, sink], -1)
-    share = torch.softmax(scores, -1)[..., :length]
+    share = torch.softmax(scores, -1)[..., : k.shape[2]]
     return (share @ v.to(wide)[:, :, None]).flatten(1, 2).to(q.dtype)

@@ -6,7 +6,11 @@ across their borders. transformers lets a project register its own attention fun
 position ids alone are not enough: most architectures then build a mask that leaks.
 
 Outside a flattened forward the registered function is transformers' own SDPA with its own mask, so
-that `generate` and padded batches run as they always do.
+that `generate` and padded batches run as they always do. Soft caps and sinks, which SDPA does not
+know (it refuses them, or older versions pass over them in silence), are computed here.
+
+Architectures that do not ask for a registered function (BLOOM, Falcon, state spaces, remote code)
+and classifiers, which pool a sample's positions, are not flattened.
 
 Rejected: a block-diagonal mask for SDPA. It is T x T for T tokens of the whole micro-batch, and the
 work grows with T squared instead of with the squares of the samples' lengths.
@@ -28,7 +32,8 @@ from transformers.masking_utils import sdpa_mask
 
 from decal.data.batch import Batch
 from decal.errors import BaseModelError
-from decal.kernels.ops import attention_flat
+from decal.kernels.ops import attention_flat, attention_masked
+from decal.model.heads import labels_of
 
 NAME = "decal_flat"
 
@@ -45,8 +50,14 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """query [1, Hq, T, D], key and value [1, Hk, T, D] -> [1, T, Hq, D]."""
     cu_seq_lens = kwargs.get("cu_seq_lens_q")
+    scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     if cu_seq_lens is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        if softcap is None and sinks is None:
+            return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        visible = _visible(query, key) if attention_mask is None else attention_mask
+        out = attention_masked(query, key, value, visible, scale, softcap, sinks)
+        return out.transpose(1, 2), None
     if kwargs.get("dropout"):
         raise BaseModelError(
             f"`{type(module).__name__}` asks for dropout inside attention",
@@ -57,12 +68,18 @@ def _attend(
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
         cu_seq_lens,
-        scale=kwargs.get("scaling") or query.shape[-1] ** -0.5,
+        scale=scale,
         window=kwargs.get("sliding_window"),
-        softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
+        softcap=softcap,
+        sinks=sinks,
     )
     return out.unsqueeze(0), None
+
+
+def _visible(query: Tensor, key: Tensor) -> Tensor:
+    """bool [1, 1, S, L]: causal, where transformers needs no mask to say so."""
+    length, held = query.shape[2], key.shape[2]
+    return torch.ones(1, 1, length, held, dtype=torch.bool, device=query.device).tril(held - length)
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
@@ -84,6 +101,13 @@ def flat_attention(model: PreTrainedModel) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
+def honour_soft_caps(model: PreTrainedModel) -> None:
+    """Takes a model with soft-capped scores off SDPA, where older transformers drop the cap."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
+
+
 def forward(model: PreTrainedModel, batch: Batch, keep: Tensor | None = None) -> Tensor:
     """Logits of a micro-batch.
 
@@ -99,7 +123,6 @@ def forward(model: PreTrainedModel, batch: Batch, keep: Tensor | None = None) ->
     """
     kwargs: dict[str, Any] = {
         "input_ids": batch.input_ids,
-        "position_ids": batch.positions,
         "use_cache": False,
     }
     width = batch.input_ids.shape[1]
@@ -109,8 +132,10 @@ def forward(model: PreTrainedModel, batch: Batch, keep: Tensor | None = None) ->
         if _keeps_logits(model):
             kwargs["logits_to_keep"] = columns
     if batch.layout == "padded":
+        # The architecture numbers the positions itself; not every one begins at 0.
         logits = model(attention_mask=batch.attention, **kwargs).logits
     else:
+        kwargs["position_ids"] = batch.positions
         kwargs |= {"cu_seq_lens_q": batch.cu_seq_lens, "cu_seq_lens_k": batch.cu_seq_lens}
         kwargs |= {"max_length_q": batch.max_length, "max_length_k": batch.max_length}
         token = _FLAT.set(True)
@@ -149,17 +174,21 @@ def leak(model: PreTrainedModel) -> float:
     try:
         with torch.no_grad():
             with flat_attention(model):
-                together = forward(model, _batch(ids, lengths)).float()
+                together = forward(model, _batch(ids, lengths))
             parts = ids.split(lengths, dim=1)
-            alone = [model(input_ids=part, use_cache=False).logits.float() for part in parts]
+            alone = [model(input_ids=part, use_cache=False).logits for part in parts]
     finally:
         model.train(was_training)
     apart = torch.cat(alone, dim=1)
-    return float((together - apart).abs().max() / apart.abs().max())
+    return float((together - apart).abs().max().double() / apart.abs().max())
 
 
 def flattens(model: PreTrainedModel) -> bool:
     """Whether flattened batches give `model` the logits that its samples have alone."""
+    if labels_of(model) is not None or not model._can_set_attn_implementation():
+        return False
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        return False  # in the mask alone, and wider than the probe's samples
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return leak(model) < {torch.float64: 1e-6, torch.float32: 1e-3}.get(dtype, 5e-2)
 

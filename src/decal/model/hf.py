@@ -29,6 +29,7 @@ from transformers.utils import logging as hf_logging
 
 from decal.errors import BaseModelError, DecalError, QuantError
 from decal.model import heads
+from decal.model.attention import honour_soft_caps
 from decal.model.hub import commit_of, may_be_on_hub, model_folder, near_path, split_revision
 from decal.model.quantizer import DecalQuantizationConfig, quantizable_modules
 from decal.model.survey import base_modules
@@ -146,6 +147,7 @@ def load_model(
             raise _load_error(path, error) from error
     new = heads.settle(model, report, same_labels) if labels is not None else ()
     _refuse_incomplete(path, model, report)
+    honour_soft_caps(model)
     if stored is not None:
         recipe = _stored_recipe(path, model, recipe, skip)
     elif recipe is not None:
