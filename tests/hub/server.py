@@ -89,6 +89,8 @@ class Hub:
         """Tokens that read gated repositories."""
         self.objects: dict[str, bytes] = {}
         self.requests: list[Request] = []
+        self.down = False
+        """Answers 503 to everything."""
         self.url = ""
         self.store = ""
         """Where large files lie: another host name, as on the real hub."""
@@ -221,6 +223,8 @@ class _Handler(BaseHTTPRequestHandler):
         user = self.hub.users.get(self.token or "")
         self.hub.requests.append(Request(self.command, parts.path, user))
         try:
+            if self.hub.down:
+                raise Refused(503, "", "Service unavailable")
             if self.token and user is None:
                 raise Refused(401, "", "Invalid credentials in Authorization header")
             for verb, pattern, name in self.ROUTES:
