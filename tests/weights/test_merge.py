@@ -26,6 +26,7 @@ from decal.errors import (
     StorageError,
     VerificationError,
 )
+from decal.store import tensorfile
 from decal.store.base import open_base
 from decal.store.fingerprint import fingerprint
 from decal.store.tensorfile import hash_entry
@@ -324,8 +325,10 @@ def test_bytes_that_read_back_otherwise_fail_the_merge(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _base(tmp_path / "base")
-    real = module.hash_entry
-    monkeypatch.setattr(module, "hash_entry", lambda e: "0" if e.key == "norm.weight" else real(e))
+    real = tensorfile.hash_entry
+    monkeypatch.setattr(
+        tensorfile, "hash_entry", lambda e: "0" if e.key == "norm.weight" else real(e)
+    )
     with pytest.raises(VerificationError, match="1 of 3 tensors in model-00002"):
         merge_files(open_base(tmp_path / "base"), tmp_path / "out", _deltas())
     assert sorted(f.name for f in tmp_path.iterdir()) == ["base"]

@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from decal.errors import DecalError
+from decal.errors import DecalError, VerificationError
 from decal.store.files import writing
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "save_tensors",
     "tensor_bytes",
     "write_stream",
+    "write_verified",
 ]
 
 HEADER_LIMIT = 100_000_000
@@ -283,6 +284,39 @@ def write_stream(
             # A check that reads the file again should see the disk, not this process's pages.
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return digests
+
+
+def write_verified(
+    path: Path,
+    specs: Mapping[str, TensorSpec],
+    chunks: Callable[[str], Iterable[bytes | memoryview]],
+    metadata: Mapping[str, str],
+    verified: Callable[[int], None],
+) -> dict[str, str]:
+    """`write_stream`, and then the file is read again and held against what was meant.
+
+    `verified` is told the bytes of each tensor that was read again.
+
+    Raises:
+        VerificationError: the file differs from what was written.
+        Whatever `write_stream` raises.
+    """
+    meant = write_stream(path, specs, chunks, metadata)
+    found = read_header(path, VerificationError)
+    wrong = []
+    for key, spec in specs.items():
+        entry = found.entries.get(key)
+        if entry is None or entry.spec != spec or hash_entry(entry) != meant[key]:
+            wrong.append(key)
+        verified(spec.nbytes)
+    if wrong:
+        raise VerificationError(
+            f"{len(wrong)} of {len(specs)} tensors in {path.name} read back differ from what was "
+            "written",
+            details=wrong[:1],
+            hint="the disk or its driver is faulty; write to another disk",
+        )
+    return meant
 
 
 def _header(

@@ -47,12 +47,10 @@ from decal.store.tensorfile import (
     TORCH_DTYPES,
     TensorEntry,
     TensorSpec,
-    hash_entry,
     load_tensor,
     raw_chunks,
-    read_header,
     tensor_bytes,
-    write_stream,
+    write_verified,
 )
 from decal.weights.delta import Deltas, Effect, add_delta, cast
 
@@ -270,22 +268,9 @@ def _write_shard(job: _Job, path: Path, specs: Mapping[str, TensorSpec]) -> dict
     for shard in job.base.shards:
         if shard.path.name == path.name:
             metadata |= shard.metadata
-    meant = write_stream(path, specs, lambda key: _chunks(job, key, specs[key]), metadata)
-    found = read_header(path, VerificationError)
-    wrong = []
-    for key, spec in specs.items():
-        entry = found.entries.get(key)
-        if entry is None or entry.spec != spec or hash_entry(entry) != meant[key]:
-            wrong.append(key)
-        job.advance(spec.nbytes)
-    if wrong:
-        raise VerificationError(
-            f"{len(wrong)} of {len(specs)} tensors in {path.name} read back differ from what was "
-            "written",
-            details=wrong[:1],
-            hint="the disk or its driver is faulty; write to another disk",
-        )
-    return meant
+    return write_verified(
+        path, specs, lambda key: _chunks(job, key, specs[key]), metadata, job.advance
+    )
 
 
 def _chunks(job: _Job, key: str, spec: TensorSpec) -> Iterator[bytes | memoryview]:
