@@ -112,6 +112,24 @@ def test_truncation_drops_later_rows_and_a_torn_line(tmp_path: Path) -> None:
         assert (run.path / "metrics.jsonl").read_text().count("\n") == 4
 
 
+@pytest.mark.parametrize("line", ['{"step": 3, "lo', "5", "\0\0\0", "\xff"])
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
+    """Fails when damaged lines are passed over, or when a torn last line counts as damage."""
+    with RunFolder.create(tmp_path / "run", "") as run:
+        run.append_metrics({"step": 1})
+        run.append_metrics({"step": 2})
+        path = run.path / "metrics.jsonl"
+        first, second = path.read_text().splitlines()
+        path.write_bytes(f"{first}\n{line}\n{second}\n{line}".encode("latin-1"))
+        with pytest.raises(StorageError, match="1 of 4 lines are damaged") as caught:
+            run.metrics()
+        assert caught.value.details[0].startswith("line 2: ")
+        with pytest.raises(StorageError):
+            run.truncate_metrics(1)
+        path.write_bytes(f"{first}\n{second}\n{line}".encode("latin-1"))
+        assert [row["step"] for row in run.metrics()] == [1, 2]
+
+
 def test_checkpoints_come_back_to_the_bit(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run", "") as run:
         _checkpoint(run, 7)

@@ -4,6 +4,7 @@
     info.json       versions, machine, threads, the base's fingerprint, the quantizer's identity
     metrics.jsonl   one JSON object per line; NaN and infinity become null
     loss.png
+    tensorboard/ and wandb/     where train.report_to asks for them
     checkpoints/step-00000100/{trainable,optimizer}.safetensors, state.json
     adapter/ or model/      the result
 
@@ -48,7 +49,18 @@ __all__ = ["Checkpoint", "RunFolder"]
 _STEP = re.compile(r"step-(\d{8,})")
 _KEPT = 2
 """Newest checkpoints that rotation leaves; two, so that one may turn out damaged."""
-_OWN = ("run.yaml", "info.json", "metrics.jsonl", "loss.png", "checkpoints", "adapter", "model")
+_OWN = (
+    "run.yaml",
+    "info.json",
+    "metrics.jsonl",
+    "loss.png",
+    "tensorboard",
+    "wandb",
+    "checkpoints",
+    "adapter",
+    "model",
+)
+"""What an earlier run may have left, removed when another begins in its folder."""
 
 
 @dataclass(frozen=True)
@@ -172,18 +184,26 @@ class RunFolder:
             file.write(line)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
+        """The rows of metrics.jsonl; a last line that a kill cut short is left out.
+
+        Raises StorageError, naming the first, if other lines are damaged: nothing that decal does
+        leaves such lines, and curves with silent holes are worse than none.
+        """
         if not self._metrics.exists():
             return []
-        rows = []
-        for line in self._metrics.read_bytes().splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-        return rows
+        with writing(self._metrics):
+            lines = self._metrics.read_bytes().splitlines()
+        rows = [_row(line) for line in lines]
+        if rows and rows[-1] is None:
+            rows.pop()
+        damaged = [number for number, row in enumerate(rows, 1) if row is None]
+        if damaged:
+            raise StorageError(
+                f"`{self._metrics}`: {len(damaged)} of {len(lines)} lines are damaged",
+                details=[f"line {damaged[0]}: {lines[damaged[0] - 1][:60]!r}"],
+                hint="restore the file, or remove these lines to go on without their steps",
+            )
+        return [row for row in rows if row is not None]
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the rows after `step`, which a resumed run writes again, and a torn last line."""
@@ -302,6 +322,15 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """One line of metrics.jsonl, or None if it is not what was written."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def _finite(value: Any) -> Any:

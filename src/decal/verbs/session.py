@@ -24,6 +24,7 @@ from decal.errors import DataError
 from decal.model import attention, heads, hf, switches
 from decal.model.adapter import Adapter
 from decal.model.inject import adapters_of, attach, trainable_line
+from decal.model.rates import learning_rates
 from decal.model.size import bits_per_weight
 from decal.objectives import OBJECTIVES
 from decal.train.loop import total_steps
@@ -47,6 +48,8 @@ class Session:
     eval_batches: list[Batch]
     flat: bool
     """Whether batches are flattened; padded where flattening changes the model's logits."""
+    rates: dict[str, float]
+    """Factors on the learning rate by parameter name; see `model/rates.py`."""
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -153,6 +156,11 @@ def prepare(config: RunConfig, say: Say) -> Session:
             eval_samples, config.train.micro_batch_tokens, layout="flat" if flat else "padded"
         ),
         flat=flat,
+        rates=learning_rates(
+            [name for name, p in model.named_parameters() if p.requires_grad],
+            ratio=config.train.loraplus_lr_ratio,
+            patterns=config.train.lr_pattern,
+        ),
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from decal.errors import ConfigError, OutputError
 from decal.model import hf
 from decal.model.heap import give_back_freed
 from decal.model.inject import trainable_parameters
+from decal.report import trackers
 from decal.report.plots import loss_png
 from decal.runfile import dump_run, parse_run
 from decal.store.files import atomic_folder, write_bytes
 from decal.store.run import RunFolder
-from decal.train.events import Event, Job, Result, StepDone
+from decal.train import eightbit
+from decal.train.events import Event, Job, Note, Result, StepDone
 from decal.train.loop import train as run_loop
 from decal.verbs.load import base_fingerprint, save_adapter
 from decal.verbs.session import ADAPTER, Say, Session, prepare
@@ -97,8 +100,8 @@ def train(
         if resume:
             session = prepare(config, say)
         _write_info(session, run, config.output)
-        with session.training():
-            result = run_loop(_job(session, run, observe, resume))
+        with session.training(), _reporting(config, run, observe) as report:
+            result = run_loop(_job(session, run, report, resume))
         session.model.eval()
         weights = _save(session, run)
         write_bytes(run.path / "loss.png", loss_png(run.metrics(), run.path.name))
@@ -125,12 +128,34 @@ def _tidy(observe: Callable[[Event], None]) -> Callable[[Event], None]:
     return watch
 
 
+@contextmanager
+def _reporting(
+    config: RunConfig, run: RunFolder, observe: Callable[[Event], None]
+) -> Iterator[Callable[[Event], None]]:
+    """The observer, after the trackers of `train.report_to`."""
+    settings = config.model_dump(mode="json")
+
+    def warn(text: str) -> None:
+        observe(Note(text=text))
+
+    with trackers.tracking(config.train.report_to, run.path, settings, warn) as tracking:
+
+        def report(event: Event) -> None:
+            tracking.observe(event)
+            observe(event)
+
+        yield report
+
+
 def _refuse_contradictions(config: RunConfig) -> None:
-    if config.data.eval is None and config.train.eval_every:
-        raise ConfigError(
-            "`train.eval_every` is set, but `data.eval` is null: there is nothing to evaluate on",
-            hint="set `data.eval: 0.05`, or leave `train.eval_every` out",
-        )
+    trackers.require(config.train.report_to)
+    eightbit.require(config.train.optimizer, hf.pick_device(config.base.device))
+    for name in ("eval_every", "early_stopping"):
+        if config.data.eval is None and getattr(config.train, name):
+            raise ConfigError(
+                f"`train.{name}` is set, but `data.eval` is null: there is nothing to evaluate on",
+                hint=f"set `data.eval: 0.05`, or leave `train.{name}` out",
+            )
     output = Path(config.output)
     needed = {"base": Path(config.base.path).expanduser()}
     if isinstance(config.adapter, ContinueConfig):
@@ -199,6 +224,7 @@ def _job(session: Session, run: RunFolder, observe: Callable[[Event], None], res
         settings=session.config.train,
         run=run,
         observe=observe,
+        rates=session.rates,
         scale_loss=session.config.base.dtype == "float16",
         resume=resume,
     )
@@ -250,6 +276,8 @@ def _data_digest(session: Session) -> str:
 def _result_info(result: Result) -> dict[str, Any]:
     return {
         "steps": result.steps,
+        "stopped": result.stopped,
+        "skipped": result.skipped,
         "loss": result.loss,
         "eval_loss": result.eval_loss,
         "best_eval_loss": result.best_eval_loss,
