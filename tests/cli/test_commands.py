@@ -12,6 +12,7 @@ import pytest
 from decal.cli import main
 from decal.config import RunConfig
 from decal.runfile import load_run
+from decal.verbs.text import Completion
 
 
 class Summary:
@@ -101,20 +102,23 @@ def test_inspect(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown == ["kind     adapter", "r        6", "modules", "  q_proj  2", "tied     no"]
 
 
-def test_generate(
-    verb: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_generate(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails when the text is not streamed, or a sampling option is dropped."""
-    called = verb("generate", "ignored, it was streamed")
+    called = verb("generate", Completion("ignored, it was streamed"))
     args = ["generate", "m", "hi", "--adapter", "a", "--temperature", "0.7", "--seed", "3"]
-    assert main([*args, "--plain", "--max-new-tokens", "9"]) == 0
+    more = ["--top-p", "0.9", "--top-k", "40", "--system", "Be brief.", "--trust-remote-code"]
+    assert main([*args, *more, "--plain", "--max-new-tokens", "9"]) == 0
     stream = called.kwargs.pop("stream")
     assert called.args == ("m", "hi")
     assert called.kwargs == {
         "adapter": "a",
+        "system": "Be brief.",
         "chat": False,
+        "trust_remote_code": True,
         "max_new_tokens": 9,
         "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 40,
         "seed": 3,
     }
     assert capsys.readouterr().out == "\n"
@@ -123,12 +127,68 @@ def test_generate(
     assert capsys.readouterr().out == "token"
 
 
-def test_generate_reads_a_prompt_from_stdin(verb: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails when `-` is taken for the prompt itself."""
-    called = verb("generate", "")
+def test_generate_for_programs(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when the text is streamed into the JSON, or a fact of the completion is lost."""
+    made = Completion.of("yes", prompt_tokens=3, new_tokens=2, finished=False)
+    called = verb("generate", made)
+    assert main(["generate", "m", "hi", "--json"]) == 0
+    assert called.kwargs["stream"] is None
+    assert json.loads(capsys.readouterr().out) == {
+        "target": "m",
+        "prompt": "hi",
+        "completion": "yes",
+        "prompt_tokens": 3,
+        "new_tokens": 2,
+        "finished": False,
+    }
+
+
+def test_generate_shows_a_label(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when the probability of a classifier's answer is lost."""
+    verb("generate", Completion.of("billing", probability=0.8125))
+    assert main(["generate", "m", "hi"]) == 0
+    assert capsys.readouterr().out == "billing  81.2%\n"
+    assert main(["generate", "m", "hi", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["label"], found["probability"]) == ("billing", 0.8125)
+
+
+def test_generate_reads_prompts_from_elsewhere(
+    verb: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails when `-` is taken for the prompt itself, or a file is not read."""
+    called = verb("generate", Completion(""))
     monkeypatch.setattr("sys.stdin.read", lambda: "long prompt", raising=False)
     assert main(["generate", "m", "-"]) == 0
     assert called.args == ("m", "long prompt")
+    file = tmp_path / "prompt.txt"
+    file.write_text("grüße\n", encoding="utf-8")
+    assert main(["generate", "m", "--file", str(file)]) == 0
+    assert called.args == ("m", "grüße\n")
+    assert main(["generate", "m", "--file", str(tmp_path / "no.txt")]) == 2
+    assert main(["generate", "m"]) == 2
+    assert main(["generate", "m", "hi", "--file", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert "no.txt` cannot be read: no such file" in err
+    assert "there is no prompt\nhint: give PROMPT" in err
+    assert "there are two prompts" in err
+
+
+def test_generate_stops_politely(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails when Ctrl-C swallows the text so far, or writes into its last line."""
+
+    def interrupted(*_: Any, stream: Any, **__: Any) -> None:
+        stream("so far")
+        raise KeyboardInterrupt
+
+    module = importlib.import_module("decal.verbs.generate")
+    monkeypatch.setattr(module, "generate", interrupted)
+    assert main(["generate", "m", "hi"]) == 130
+    out, err = capsys.readouterr()
+    assert out == "so far\n"
+    assert err.startswith("stopped: ")
 
 
 COMPARED = {

@@ -34,7 +34,7 @@ def test_sampling_follows_the_seed() -> None:
 def test_wrong_questions_are_refused_before_loading(finished: RunResult) -> None:
     with pytest.raises(DecalError, match="the prompt is empty"):
         generate("nowhere", "")
-    with pytest.raises(DecalError, match="temperature is -1"):
+    with pytest.raises(DecalError, match="temperature: expected a number of at least 0"):
         generate("nowhere", "hi", temperature=-1)
     with pytest.raises(AdapterError, match="a second one cannot be put on it"):
         generate(str(finished.run), "hi", adapter=str(finished.run))

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 
     from decal.errors import DecalError
 
-__all__ = ["facts", "log", "say", "show_error", "show_json", "show_usage", "show_warning", "write"]
+__all__ = [
+    "facts",
+    "log",
+    "say",
+    "show_error",
+    "show_json",
+    "show_usage",
+    "show_warning",
+    "table",
+    "write",
+]
 
 _BOLD, _RED, _YELLOW, _CYAN = 1, 31, 33, 36
 
@@ -82,7 +92,7 @@ def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def facts(values: Mapping[str, Any], indent: int = 0) -> None:
-    """A mapping as aligned lines on stdout: sections indented, lists of mappings as blocks."""
+    """A mapping as aligned lines on stdout: sections indented, lists of mappings as tables."""
     width = max((len(str(key)) for key in values), default=0)
     pad = " " * indent
     for key, value in values.items():
@@ -91,10 +101,21 @@ def facts(values: Mapping[str, Any], indent: int = 0) -> None:
             facts(value, indent + 2)
         elif _is_table(value):
             write(f"{pad}{key}")
-            for row in value:
-                write(f"{pad}  - " + ", ".join(f"{k} {_fact(v)}" for k, v in row.items()))
+            table(value, indent + 2)
         else:
             write(f"{pad}{key!s:<{width}}  {_fact(value)}".rstrip())
+
+
+def table(rows: Sequence[Mapping[str, Any]], indent: int = 0) -> None:
+    """Mappings as aligned columns on stdout, numbers to the right."""
+    columns = []
+    for key in dict.fromkeys(key for row in rows for key in row):
+        cells = [_fact(row.get(key)) for row in rows]
+        width = max(len(cell) for cell in [key, *cells])
+        side = ">" if all(cell[:1].isdigit() for cell in cells) else "<"
+        columns.append([f"{cell:{side}{width}}" for cell in (key, *cells)])
+    for line in zip(*columns, strict=True):
+        write((" " * indent + "  ".join(line)).rstrip())
 
 
 def _is_table(value: Any) -> bool:
@@ -114,7 +135,7 @@ def _fact(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:,.6g}"
     if isinstance(value, list | tuple):
         return ", ".join(_fact(v) for v in value)
     return str(value)

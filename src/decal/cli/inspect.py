@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,4 +24,21 @@ def inspect(
     if as_json:
         console.show_json(found)
     else:
-        console.facts(found)
+        console.facts(_readable(found))
+
+
+def _readable(found: dict[str, Any]) -> dict[str, Any]:
+    """Bytes in the unit that a person would choose."""
+    from decal.store.files import size_text
+
+    def readable(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            if key == "bytes_by_dtype":
+                return {dtype: size_text(size) for dtype, size in value.items()}
+            return {name: readable(name, inner) for name, inner in value.items()}
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return [readable("", row) for row in value]
+        return size_text(value) if key.endswith("bytes") and isinstance(value, int) else value
+
+    shown: dict[str, Any] = readable("", found)
+    return shown

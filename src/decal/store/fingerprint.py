@@ -40,7 +40,7 @@ from decal.store.files import write_bytes
 from decal.store.leftovers import is_leftover
 from decal.store.tensorfile import TensorFile, TensorSpec, hash_entry
 
-__all__ = ["cache_folder", "combine", "fingerprint"]
+__all__ = ["cache_folder", "combine", "fingerprint", "tensor_hashes"]
 
 _THREADS = 2
 """hashlib and file reads release the interpreter lock; more threads wait for the disk."""
@@ -53,27 +53,34 @@ def cache_folder() -> Path:
 
 
 def fingerprint(base: BaseFiles, observe: Callable[[int, int], None] | None = None) -> str:
-    """The base's fingerprint, 64 hex digits.
+    """The base's fingerprint, 64 hex digits; arguments and errors are those of `tensor_hashes`."""
+    specs = {key: entry.spec for key, entry in base.tensors.items()}
+    return combine(specs, tensor_hashes(base, observe))
+
+
+def tensor_hashes(
+    base: BaseFiles, observe: Callable[[int, int], None] | None = None
+) -> dict[str, str]:
+    """File key -> sha256 of the tensor's stored bytes, as hex.
 
     `observe(done, total)` is called with bytes as tensors are hashed; remembered ones count too.
 
     Raises:
         BaseModelError: a file became unreadable.
     """
-    specs = {key: entry.spec for key, entry in base.tensors.items()}
     hashes: dict[str, str] = {}
     done, total = 0, base.nbytes
     try:
         for shard in base.shards:
             for key, digest in _file_hashes(shard):
                 hashes[key] = digest
-                done += specs[key].nbytes
+                done += base.tensors[key].spec.nbytes
                 if observe is not None:
                     observe(done, total)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise BaseModelError(f"base `{base.folder}` cannot be read: {reason}") from error
-    return combine(specs, hashes)
+    return hashes
 
 
 def combine(specs: Mapping[str, TensorSpec], hashes: Mapping[str, str]) -> str:

@@ -5,24 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, TextStreamer
-
 from decal.errors import DecalError
+from decal.model.heads import labels_of
 from decal.verbs.load import load
-from decal.verbs.text import Prompt, encode_prompt, stop_tokens
-
-
-class _Stream(TextStreamer):
-    """Hands finished pieces of text to a function instead of printing them."""
-
-    def __init__(self, tokenizer: Any, emit: Callable[[str], None]):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._emit = emit
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._emit(text)
+from decal.verbs.text import Completion, Prompt, Sampling, classify, complete_one
 
 
 def generate(
@@ -30,47 +16,54 @@ def generate(
     prompt: str,
     *,
     adapter: str | None = None,
+    system: str | None = None,
     chat: bool | None = None,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
     stream: Callable[[str], None] | None = None,
-) -> str:
+    trust_remote_code: bool = False,
+    **sampling: Any,
+) -> Completion:
     """Completes `prompt` with the model, adapter or run at `target`.
+
+    A model that classifies gives the label of `prompt` instead, with its probability.
 
     Args:
         target: run, adapter, model folder or hub id.
         adapter: an adapter to put on `target`, if that is a base.
+        system: a system message before the prompt; for chats.
         chat: render the prompt as a user turn; left out: if the tokenizer has a chat template.
-        temperature: 0 is greedy.
         stream: called with pieces of text as they are generated.
+        trust_remote_code: run Python code that comes with the model.
+        sampling: max_new_tokens (256), temperature (0: greedy), top_p (1), top_k (all), seed (0).
 
     Returns:
-        The whole completion without special tokens.
+        The whole completion without special tokens: a text that also knows how many tokens it has
+        and whether the model ended it.
+
+    Raises:
+        ConfigError: a sampling setting that is unknown or out of its range.
+        DecalError: the prompt is empty, or `system` without a chat.
+        DataError: the prompt is longer than the model's context, or the template refuses it.
+        Whatever `load` raises.
     """
-    if not prompt:
+    chosen = Sampling(**sampling)
+    if not prompt.strip():
         raise DecalError("the prompt is empty", hint="decal generate MODEL 'your prompt'")
-    if temperature < 0:
-        raise DecalError(f"temperature is {temperature}", hint="0 is greedy, 0.7 is usual")
-    model, tokenizer = load(target, adapter=adapter)
-    as_chat = tokenizer.chat_template is not None if chat is None else chat
-    asked: Prompt = [{"role": "user", "content": prompt}] if as_chat else prompt
-    ids = torch.tensor([encode_prompt(tokenizer, asked)], device=model.device)
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        **({"temperature": temperature} if temperature > 0 else {}),
-        pad_token_id=tokenizer.pad_token_id
-        if tokenizer.pad_token_id is not None
-        else tokenizer.eos_token_id,
-        eos_token_id=stop_tokens(model, tokenizer),
-    )
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=settings,
-            streamer=_Stream(tokenizer, stream) if stream else None,
+    if system is not None and chat is False:
+        raise DecalError(
+            "a plain prompt has no place for a system message", hint="drop one of them"
         )
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    model, tokenizer = load(target, adapter=adapter, trust_remote_code=trust_remote_code)
+    if labels_of(model) is not None:
+        label, probability = classify(model, tokenizer, [prompt])[0]
+        return Completion.of(label, probability=probability)
+    as_chat = tokenizer.chat_template is not None if chat is None else chat
+    if system is not None and not as_chat:
+        raise DecalError(
+            f"`{target}` has no chat template, so there is no place for a system message",
+            hint="put the text in front of the prompt",
+        )
+    asked: Prompt = prompt
+    if as_chat:
+        instruction = [{"role": "system", "content": system}] if system is not None else []
+        asked = [*instruction, {"role": "user", "content": prompt}]
+    return complete_one(model, tokenizer, asked, chosen, stream)

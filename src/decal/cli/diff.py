@@ -1,0 +1,86 @@
+"""decal diff: in what two adapters or two models differ."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from decal.cli import console
+
+SHOWN = 10
+
+
+def diff(
+    a: Annotated[str, typer.Argument(help="A run, adapter, model folder or hub id.")],
+    b: Annotated[str, typer.Argument(help="Another one of the same kind.")],
+    everything: Annotated[
+        bool, typer.Option("--all", help=f"List all that differ, not the first {SHOWN}.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON for programs.")] = False,
+) -> None:
+    """\b
+    decal diff runs/first runs/second
+
+    Compares two adapters by what they add to the base, or two models tensor by tensor. Exit code 0
+    means that they are the same, 1 that they differ.
+    """
+    from decal.cli.bytes import Bytes
+    from decal.verbs.diff import diff as compare
+
+    with Bytes(console.log(), "hashing") as progress:
+        found = compare(a, b, observe=progress.observe)
+    if as_json:
+        console.show_json(found)
+    else:
+        _show(found, None if everything else SHOWN)
+    if not found["identical"]:
+        raise typer.Exit(1)
+
+
+def _show(found: dict[str, Any], most: int | None) -> None:
+    what = "modules" if found["kind"] == "adapter" else "tensors"
+    if found["identical"]:
+        console.write(f"identical: {found['compared']:,} {what}, settings included")
+        return
+    console.write(f"a: {found['a']}")
+    console.write(f"b: {found['b']}")
+    _rows(_headline(found["config"], "settings differ"), found["config"], most)
+    files = found.get("files", [])
+    _rows(_headline(files, "other files differ (sha256)"), files, most)
+    for side in ("a", "b"):
+        only = [{"name": name} for name in found[f"only_in_{side}"]]
+        _rows(_headline(only, f"{what} only in {side}"), only, most)
+    _rows(_headline(found["shapes"], f"{what} of different shapes"), found["shapes"], most)
+    dtypes = found.get("dtypes", [])
+    _rows(_headline(dtypes, f"{what} of different dtypes"), dtypes, most)
+    count, relative = len(found["different"]), found["relative"]
+    far = "" if relative is None else f"; relative difference {relative:.3g}"
+    console.write(f"{count:,} of {found['compared']:,} {what} in both differ{far}")
+    _rows(None, found["different"], most)
+
+
+def _headline(rows: list[Any], what: str) -> str:
+    return f"{len(rows):,} {what}"
+
+
+def _rows(headline: str | None, rows: list[dict[str, Any]], most: int | None) -> None:
+    """A heading and the first rows below it; nothing at all where there are no rows."""
+    if not rows:
+        return
+    if headline is not None:
+        console.write(headline)
+    shown = rows[:most]
+    console.table([{k: _short(v) for k, v in row.items()} for row in shown], indent=2)
+    if len(rows) > len(shown):
+        console.write(f"  (and {len(rows) - len(shown):,} more; --all lists them)")
+
+
+def _short(value: Any) -> Any:
+    """A setting in at most 40 characters: lists of all modules are long."""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, int | None):
+        return value
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
