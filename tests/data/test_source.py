@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from decal.data.source import Example, Message, read_rows, split_eval
+from decal.config import DataConfig
+from decal.data.source import Example, Message, Rows, read_rows, split_eval
 from decal.errors import DataError
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
@@ -21,8 +22,12 @@ def write(folder: Path, *rows: Any, name: str = "train.jsonl") -> str:
     return str(path)
 
 
+def read(path: str | Path, **settings: Any) -> Rows:
+    return read_rows(DataConfig(path=path, **settings))
+
+
 def test_messages(tmp_path: Path) -> None:
-    rows = read_rows(write(tmp_path, {"messages": CHAT}, "", {"messages": CHAT[::-1]}))
+    rows = read(write(tmp_path, {"messages": CHAT}, "", {"messages": CHAT[::-1]}))
     assert rows.layout == "messages"
     assert rows.ignored == ()
     first = Example(row=1, messages=(Message("user", "Hi"), Message("assistant", "Ho")))
@@ -31,7 +36,7 @@ def test_messages(tmp_path: Path) -> None:
 
 
 def test_prompt_and_completion(tmp_path: Path) -> None:
-    rows = read_rows(write(tmp_path, {"prompt": "", "completion": " a", "source": "x"}))
+    rows = read(write(tmp_path, {"prompt": "", "completion": " a", "source": "x"}))
     assert rows.layout == "prompt-completion"
     assert rows.ignored == ("source",)
     assert rows.examples == [Example(row=1, prompt="", completion=" a")]
@@ -40,26 +45,26 @@ def test_prompt_and_completion(tmp_path: Path) -> None:
 def test_messages_win_over_prompt(tmp_path: Path) -> None:
     """Columns of no_robots; mutation: order LAYOUTS the other way round."""
     extra = {"prompt": "Hi", "completion": "Ho", "prompt_id": "7", "category": "chat"}
-    rows = read_rows(write(tmp_path, {**extra, "messages": CHAT}))
+    rows = read(write(tmp_path, {**extra, "messages": CHAT}))
     assert rows.layout == "messages"
     assert rows.ignored == ("category", "completion", "prompt", "prompt_id")
 
 
 def test_null_columns_do_not_make_a_layout(tmp_path: Path) -> None:
-    rows = read_rows(write(tmp_path, {"messages": None, "prompt": "a", "completion": "b"}))
+    rows = read(write(tmp_path, {"messages": None, "prompt": "a", "completion": "b"}))
     assert rows.layout == "prompt-completion"
 
 
 def test_limit_stops_reading(tmp_path: Path) -> None:
     path = write(tmp_path, {"messages": CHAT}, {"messages": CHAT}, "not json")
-    assert len(read_rows(path, limit=2).examples) == 2
+    assert len(read(path, limit=2).examples) == 2
 
 
 def test_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
     path = tmp_path / "bom.jsonl"
     line = json.dumps({"messages": CHAT}).encode()
     path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n\r\n" + line)
-    assert [example.row for example in read_rows(str(path)).examples] == [1, 3]
+    assert [example.row for example in read(str(path)).examples] == [1, 3]
 
 
 def test_separators_inside_text_are_not_line_ends(tmp_path: Path) -> None:
@@ -67,7 +72,7 @@ def test_separators_inside_text_are_not_line_ends(tmp_path: Path) -> None:
     text = "one\u2028two\x85three"
     chat = [{"role": "assistant", "content": text}]
     path.write_text(json.dumps({"messages": chat}, ensure_ascii=False) + "\n", encoding="utf-8")
-    (example,) = read_rows(str(path)).examples
+    (example,) = read(str(path)).examples
     assert example.messages == (Message("assistant", text),)
 
 
@@ -84,34 +89,39 @@ BAD_ROWS = {
     '{"messages": [{"role": "assistent", "content": "x"}]}': 'message 1 has the role "assistent"',
     '{"messages": [{"role": "user", "content": "x"}]}': "none of the 1 messages is the assistant's",
     '{"messages": [{"role": "assistant", "content": null}]}': "message 1 (assistant) is null",
-    '{"messages": [{"role": "assistant", "content": [1]}]}': "message 1 (assistant) is a list",
+    '{"messages": [{"role": "assistant", "content": [1]}]}': "content of message 1 is a number",
+    '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': 'is of type "image"',
     '{"messages": [{"role": "assistant", "content": " "}]}': "message 1 (assistant) is empty",
     '{"messages": [{"role": "assistant", "content": "\\ud800"}]}': "half of a surrogate pair",
-    '{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}': "has `weight`",
-    '{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}': "has `tool_calls`",
+    '{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}': "have `weight: 0`",
+    '{"messages": [{"role": "assistant", "content": "x", "weight": 0.5}]}': "message 1 is 0.5",
+    '{"messages": [{"role": "assistant", "content": "x", "train": false}]}': "1 has `train`",
+    '{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}': "not a list of c",
+    '{"messages": [{"role": "assistant", "content": "x"}], "tools": "{"}': "`tools` is not valid",
+    '{"messages": [{"role": "assistant", "content": "x"}], "tools": [1]}': "not a list of obj",
 }
 
 
 @pytest.mark.parametrize("line", BAD_ROWS)
 def test_bad_row_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(DataError) as caught:
-        read_rows(write(tmp_path, {"messages": CHAT}, line))
+        read(write(tmp_path, {"messages": CHAT}, line))
     assert "1 of 2 rows of" in caught.value.message
     assert caught.value.details[0].startswith("row 2: ")
     assert BAD_ROWS[line] in caught.value.details[0]
 
 
 def test_harmless_keys_of_messages_are_named(tmp_path: Path) -> None:
-    chat = [{**CHAT[0], "name": "Ann", "weight": None}, {**CHAT[1], "tool_calls": []}]
-    rows = read_rows(write(tmp_path, {"messages": chat, "id": 3}))
-    assert rows.ignored == ("id", "messages[].name")
+    chat = [{**CHAT[0], "mood": "calm", "weight": None}, {**CHAT[1], "tool_calls": []}]
+    rows = read(write(tmp_path, {"messages": chat, "id": 3}))
+    assert rows.ignored == ("id", "messages[].mood")
 
 
 def test_problems_are_collected_and_counted(tmp_path: Path) -> None:
     """Mutation: raise at the first bad row."""
     bad = {"messages": CHAT[:1]}
     with pytest.raises(DataError) as caught:
-        read_rows(write(tmp_path, {"messages": CHAT}, *[bad] * 8, "{", {"messages": CHAT}))
+        read(write(tmp_path, {"messages": CHAT}, *[bad] * 8, "{", {"messages": CHAT}))
     error = caught.value
     assert error.message.startswith("9 of 11 rows of")
     assert error.details[0].endswith("(and 7 more: 3, 4, 5, 6, …)")
@@ -123,7 +133,7 @@ def test_invalid_utf8_is_named(tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
     path.write_bytes(json.dumps({"messages": CHAT}).encode() + b'\n{"prompt": "\xfc"}\n')
     with pytest.raises(DataError, match="row 2: byte 13 of line 2 is 0xfc") as caught:
-        read_rows(str(path))
+        read(str(path))
     assert caught.value.hint == "save the file as UTF-8"
 
 
@@ -131,30 +141,32 @@ def test_utf16_is_named(tmp_path: Path) -> None:
     path = tmp_path / "wide.jsonl"
     path.write_text(json.dumps({"messages": CHAT}), encoding="utf-16")
     with pytest.raises(DataError, match="UTF-16"):
-        read_rows(str(path))
+        read(str(path))
 
 
 def test_one_json_array_gets_a_hint(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="write each element as a line of its own"):
-        read_rows(write(tmp_path, "[", '{"prompt": "a", "completion": "b"}', "]"))
+    with pytest.raises(DataError, match=r"name it \.json, or write a line"):
+        read(write(tmp_path, "[", '{"prompt": "a", "completion": "b"}', "]"))
 
 
 def test_unknown_layout_names_columns_and_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
-        read_rows(write(tmp_path, {"message": CHAT, "id": 1}))
+        read(write(tmp_path, {"message": CHAT, "id": 1}))
     assert "row 1 has `message`, `id`" in caught.value.message
-    assert caught.value.hint == "rename `message` to `messages`"
+    assert caught.value.hint == (
+        "rename `message` to `messages`, with `data.columns` or in the data"
+    )
 
 
 def test_empty_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no rows"):
-        read_rows(write(tmp_path, "", " "))
+        read(write(tmp_path, "", " "))
 
 
 def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
     write(tmp_path, {"messages": CHAT}, name="tickets.jsonl")
     with pytest.raises(DataError, match="there is no file") as caught:
-        read_rows(str(tmp_path / "ticket.jsonl"))
+        read(str(tmp_path / "ticket.jsonl"))
     assert caught.value.hint == f"did you mean `{tmp_path / 'tickets.jsonl'}`?"
 
 
@@ -164,67 +176,39 @@ def test_relative_missing_file_is_not_taken_for_a_hub_id(
     """`data/train.jsonl` looks like `owner/name`; mutation: do not look at the suffix."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"there is no file `data/train\.jsonl`") as caught:
-        read_rows("data/train.jsonl")
+        read("data/train.jsonl")
     assert caught.value.hint == "there is no folder `data` either"
 
 
-def test_folder_and_unknown_suffix(tmp_path: Path) -> None:
-    path = write(tmp_path, "a,b", name="rows.csv")
+def test_unknown_suffix(tmp_path: Path) -> None:
+    path = write(tmp_path, "a,b", name="rows.xlsx")
     with pytest.raises(DataError, match="not one of the file types that are read"):
-        read_rows(path)
-    with pytest.raises(DataError, match="is a folder"):
-        read_rows(str(tmp_path))
-
-
-def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    asked = []
-
-    def load(path: str, split: str) -> datasets.Dataset:
-        asked.append((path, split))
-        return datasets.Dataset.from_list([{"messages": CHAT, "prompt": "Hi"}] * 3)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    rows = read_rows("HuggingFaceH4/no_robots", split="test", limit=2)
-    assert asked == [("HuggingFaceH4/no_robots", "test")]
-    assert [example.row for example in rows.examples] == [1, 2]
-    assert rows.examples[0].messages == (Message("user", "Hi"), Message("assistant", "Ho"))
-    assert rows.ignored == ("prompt",)
-
-
-def test_hub_failure_is_a_data_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real library, offline (tests/conftest.py)."""
-    with pytest.raises(DataError, match="`nobody/no-such-rows` cannot be loaded") as caught:
-        read_rows("nobody/no-such-rows")
-    assert "there is no local file" in str(caught.value)
+        read(path)
 
 
 def examples(n: int) -> list[Example]:
     return [Example(row=i + 1, prompt="a", completion=str(i)) for i in range(n)]
 
 
+def split(n: int, eval: float | str | None, seed: int = 0) -> tuple[list[Example], list[Example]]:
+    rows = Rows(source="rows", layout="prompt-completion", ignored=(), examples=examples(n))
+    train, held_out = split_eval(rows, DataConfig(path="rows", eval=eval), seed)
+    return train.examples, held_out.examples
+
+
 @pytest.mark.parametrize(("n", "share", "count"), [(20, 0.1, 2), (20, 0.01, 1), (3, 0.99, 2)])
 def test_split_by_share(n: int, share: float, count: int) -> None:
     """Mutations: take the first rows; allow an empty part; ignore the seed."""
-    train, held_out = split_eval(examples(n), share, seed=3)
+    train, held_out = split(n, share, seed=3)
     assert len(held_out) == count
     assert sorted([*train, *held_out], key=lambda e: e.row) == examples(n)
     assert [e.row for e in train] == sorted(e.row for e in train)
-    assert split_eval(examples(n), share, seed=3) == (train, held_out)
-    others = [split_eval(examples(n), share, seed=s)[1] for s in range(8)]
+    assert split(n, share, seed=3) == (train, held_out)
+    others = [split(n, share, seed=s)[1] for s in range(8)]
     assert len({tuple(e.row for e in other) for other in others}) > 1
 
 
-def test_split_by_file_and_by_nothing(tmp_path: Path) -> None:
-    path = write(tmp_path, {"messages": CHAT})
-    train, held_out = split_eval(examples(2), path, seed=0)
-    assert len(train) == 2
-    assert held_out[0].messages is not None
-    assert split_eval(examples(2), None, seed=0) == (examples(2), [])
-
-
-@pytest.mark.parametrize(("n", "share"), [(1, 0.5), (5, 0.0), (5, 1.0), (5, 1.5)])
-def test_split_that_cannot_be_made(n: int, share: float) -> None:
-    with pytest.raises(DataError):
-        split_eval(examples(n), share, seed=0)
+def test_split_by_nothing_and_of_one_row() -> None:
+    assert split(2, None) == (examples(2), [])
+    with pytest.raises(DataError, match="1 row cannot be split"):
+        split(1, 0.5)

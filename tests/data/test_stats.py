@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from decal.config import DataConfig
 from decal.data.chat import Encoder
 from decal.data.sample import Sample
 from decal.data.source import Example, Message
@@ -38,7 +39,7 @@ def test_counts() -> None:
 def test_shown_pieces_are_the_whole_text(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("chatml")
     messages = (Message("user", "Grüße 🙂"), Message("assistant", "你好"))
-    sample = Encoder(tokenizer, 100).encode(Example(row=1, messages=messages))
+    sample = Encoder(tokenizer, DataConfig(path="rows")).encode(Example(row=1, messages=messages))
     pieces = show_sample(sample, tokenizer)
     text = "<|im_start|>user\nGrüße 🙂<|im_end|>\n<|im_start|>assistant\n你好<|im_end|>\n"
     assert "".join(piece for piece, _ in pieces) == text

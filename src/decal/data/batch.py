@@ -30,6 +30,7 @@ class Batch:
     attention   None                int64 [n, S]     1 on tokens, 0 on padding
     cu_seq_lens int32 [n + 1]       None
     sample_ids  int64 [1, T]        int64 [n, S]     the sample's id: its row's number
+    labels      None                int64 [n]        classes, for classification; else None
     rows        the samples' ids (line of the file, from 1), one per sample, in order
     """
 
@@ -43,9 +44,10 @@ class Batch:
     sample_ids: Tensor
     rows: tuple[int, ...]
     trained: int
-    """Trained tokens: targets that are not IGNORE."""
+    """Trained tokens: targets that are not IGNORE; with labels, the samples."""
     tokens: int
     """Real tokens, padding apart."""
+    labels: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`; itself if they are there."""

@@ -1,95 +1,99 @@
 """Examples -> tokens and which of them are trained. Knows tokenizers and templates, not batches.
 
-A row of messages is rendered once by the tokenizer's chat template and tokenized once, as
-`apply_chat_template` does it at inference: without adding special tokens. So a
+A row of messages is rendered once by the tokenizer's chat template (template.py) and tokenized
+once, as `apply_chat_template` does it at inference: without adding special tokens. So a
 beginning-of-sequence token is there exactly where the template writes it (Llama, Gemma, Mistral
 do; Qwen and SmolLM do not and were never trained with one). Which characters are trained says
-spans.py; a token is trained if its first character lies in such a span. Everything goes by
-position: token ids never decide, so a padding token that equals the eos token changes nothing.
+spans.py; a token is trained if its first character lies in such a span (tokens.py). Everything goes
+by position: token ids never decide, so a padding token that equals the eos token changes nothing.
 
 A row of prompt and completion is plain text, with no template: [bos] prompt completion eos, bos
 where the tokenizer adds one by itself. The text is tokenized as a whole, so the boundary is a
 position, and a token that holds characters of both sides is not trained but counted
-(`Sample.straddling`).
+(`Sample.straddling`). A row of text is the same without a prompt.
 
 Truncation comes last and cuts on the right. What it cuts is counted, and a row that has no trained
-token left is an error.
+token left is an error; or longer rows are dropped whole, and counted.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Protocol
 
 import numpy as np
-from jinja2.exceptions import TemplateError
 from numpy.typing import NDArray
 
-from decal.data.problems import Problems, RowError
+from decal.config import DataConfig
+from decal.data.example import Example, Message
+from decal.data.problems import RowError, each_row
 from decal.data.sample import Sample
-from decal.data.source import Example, Message
-from decal.data.spans import Rendered, Span, find_spans
+from decal.data.spans import Rendered, find_spans
+from decal.data.template import DAY, DEFAULT_TEMPLATE, TEMPLATE_ERRORS, ChatTemplate
+from decal.data.tokens import Placed, Span, TextTokens, Tokenizer, Tokens, own_bos
 from decal.errors import DataError
 
-GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError)
-"""What running a template on a row can raise: its own refusals, and slips in its expressions."""
-
-
-class Tokenizer(Protocol):
-    """What is used of a `transformers` fast tokenizer."""
-
-    is_fast: bool
-    chat_template: Any
-    bos_token_id: int | None
-    eos_token_id: int | None
-
-    @property
-    def all_special_ids(self) -> list[int]: ...
-    @property
-    def added_tokens_decoder(self) -> dict[int, Any]: ...
-    def __call__(self, text: str, **options: Any) -> Any: ...
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> Any: ...
-    def get_chat_template(self) -> str: ...
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
-    def decode(self, token_ids: list[int], **options: Any) -> str: ...
+__all__ = ["DEFAULT_TEMPLATE", "TEMPLATE_ERRORS", "Encoder", "Tokenizer", "own_bos"]
 
 
 class Encoder:
-    """Encodes examples with one tokenizer.
+    """Encodes examples with one tokenizer, for training on their tokens.
 
     Args:
-        tokenizer: a fast tokenizer (character offsets are needed to find what is trained).
-        max_length: longest sample in tokens.
+        tokenizer: without a chat template of its own, chats get `DEFAULT_TEMPLATE`.
+        settings: max_length, overflow and turns are honoured here.
 
     Raises:
-        DataError: the tokenizer is not a fast one.
+        DataError: the tokenizer has several chat templates and none for general use.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_length: int):
-        if not tokenizer.is_fast:
-            raise DataError(
-                f"the tokenizer {type(tokenizer).__name__} gives no character offsets, so what is "
-                "trained cannot be found",
-                hint="use a base model with a tokenizer.json",
-            )
+    def __init__(self, tokenizer: Tokenizer, settings: DataConfig):
         self.tokenizer = tokenizer
-        self.max_length = max_length
-        self._marks = np.array(
-            sorted({*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}), dtype=np.int64
-        )
-        self._trims = _trims_spaces(tokenizer)
+        self.settings = settings
+        self._tokens = Tokens(tokenizer)
         self._bos = own_bos(tokenizer)
-        self._template = _template(tokenizer)
-        self._has_markers = bool(self._template and GENERATION.search(self._template))
+        self._template = ChatTemplate(tokenizer)
+        self._ends: set[int] = set()
+        self._chats = 0
+        self._dropped: list[int] = []
+
+    @property
+    def template_used(self) -> str | None:
+        """The text of the plain chat template, if chats were encoded with it; None if they had the
+        tokenizer's own, or there were none."""
+        return self._template.default if self._chats else None
+
+    @property
+    def dropped(self) -> tuple[int, ...]:
+        """Numbers of the rows that the last encoding left out as too long."""
+        return tuple(self._dropped)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about the chat template, after encoding."""
+        notes = []
+        if self.template_used is not None:
+            notes.append(
+                "the tokenizer has no chat template: a plain one is used (### User: …), and stored "
+                "with the adapter"
+            )
+        if self._chats and self._template.dated:
+            notes.append(f"the chat template writes the date: {DAY:%d %b %Y} in all rows")
+        eos = self.tokenizer.eos_token_id
+        if self._ends and eos not in self._ends:
+            ends = " or ".join(sorted(self.tokenizer.decode([end]) for end in self._ends))
+            known = "none" if eos is None else self.tokenizer.decode([eos])
+            notes.append(
+                f"turns end with {ends}, the tokenizer's eos token is {known}: generation must "
+                "stop at both"
+            )
+        return tuple(notes)
 
     def encode(self, example: Example) -> Sample:
         """Encode one example.
 
         Raises:
-            DataError: the row would train nothing or the wrong thing, or there is no template.
+            DataError: the row would train nothing or the wrong thing, or is dropped.
         """
         return self.encode_all([example])[0]
 
@@ -97,7 +101,8 @@ class Encoder:
         """Encode all examples; `source` names them in errors.
 
         Raises:
-            DataError: rows that would train nothing or the wrong thing, all of them in one error.
+            DataError: rows that would train nothing or the wrong thing, all of them in one error;
+                or all rows are dropped as too long.
         """
         return list(self.encode_iter(examples, source))
 
@@ -106,51 +111,51 @@ class Encoder:
 
         After the first bad row no more samples come, only the error when all rows have been seen.
         """
-        problems = Problems(source)
-        total = bad = 0
-        for example in examples:
-            total += 1
-            try:
-                sample = self._encode(example)
-            except RowError as problem:
-                problems.add(example.row, problem)
-                bad += 1
-                continue
-            if not bad:
-                yield sample
-        if error := problems.error(total):
-            raise error
+        self._dropped = []
+        yield from each_row(examples, source, self._encode, self._dropped)
 
-    def _encode(self, example: Example) -> Sample:
+    def _encode(self, example: Example) -> Sample | None:
+        if example.label is not None:
+            raise DataError(
+                "the rows have labels, and the objective trains on text",
+                hint="set `objective: classify`, or `data.layout: text` to train on the text alone",
+            )
         if example.messages is not None:
-            return self._encode_chat(example.row, example.messages)
+            return self._encode_chat(example, example.messages)
+        if example.text is not None:
+            return self._encode_text(example.row, "", example.text)
         if example.prompt is None or example.completion is None:
             raise RowError("neither messages nor a prompt and a completion")
         return self._encode_text(example.row, example.prompt, example.completion)
 
     # --- chats ----------------------------------------------------------------------------
 
-    def _encode_chat(self, row: int, messages: tuple[Message, ...]) -> Sample:
-        if self._template is None:
-            raise DataError(
-                "the tokenizer has no chat template, and the rows are `messages`",
-                hint="use an instruction-tuned base model, or rows with `prompt` and `completion`",
-            )
-        try:
-            text = self._run_template(messages, generation_prompt=False)
-        except TEMPLATE_ERRORS as error:
-            raise RowError(
-                "refused by the chat template", f"the chat template refuses the row: {error}"
-            ) from error
-        ids, starts, ends, marked = self._tokenize(text, messages)
-        self._require_one_bos(ids)
-        is_mark = np.isin(ids, self._marks) & (ends > starts)
-        marks = list(zip(starts[is_mark].tolist(), ends[is_mark].tolist(), strict=True))
-        runs = None if marked is None else _runs(marked, starts, ends)
-        spans = find_spans(Rendered(text, messages, marks, runs), self._render)
-        trained = np.zeros(len(ids), dtype=np.bool_)
+    def _encode_chat(self, example: Example, messages: tuple[Message, ...]) -> Sample | None:
+        if self._template.default is not None:
+            self._require_eos()
+        self._chats += 1
+        text, decode = self._rendered(messages, example)
+        tokens, runs = self._tokenize(text, messages, example, decode)
+        self._require_one_bos(tokens.ids)
+
+        def render(part: Sequence[Message], generation_prompt: bool) -> str | None:
+            if not part and not generation_prompt:
+                return ""
+            try:
+                return self._template.render(
+                    part,
+                    example.tools,
+                    generation_prompt=generation_prompt,
+                    decode_arguments=decode,
+                )
+            except TEMPLATE_ERRORS:
+                return None
+
+        row = Rendered(text, messages, tokens.marks, runs, example.tools or ())
+        spans = find_spans(row, render, self._turns(messages))
+        trained = np.zeros(len(tokens.ids), dtype=np.bool_)
         for start, end in spans:
-            inside = (starts >= start) & (starts < end)
+            inside = tokens.inside(start, end)
             if inside.sum() < 2:
                 raise RowError(
                     "an answer that is one token with its prompt",
@@ -158,48 +163,48 @@ class Encoder:
                     hint="the chat template must separate the assistant's words from their prompt",
                 )
             trained |= inside
-        firsts = [start for start, _ in spans]
-        return self._sample(row, ids, trained, _straddling(starts, ends, firsts))
+            self._ends.add(int(tokens.ids[np.flatnonzero(inside)[-1]]))
+        straddling = tokens.straddling([start for start, _ in spans])
+        return self._sample(example.row, tokens.ids, trained, straddling)
 
-    def _run_template(self, messages: Sequence[Message], *, generation_prompt: bool) -> str:
-        chat = [{"role": message.role, "content": message.content} for message in messages]
-        text: str = self.tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=generation_prompt
-        )
-        return text
+    def _rendered(self, messages: tuple[Message, ...], example: Example) -> tuple[str, bool]:
+        """The chat as text, and whether the arguments of tool calls went in as objects."""
+        refusal: Exception | None = None
+        for decode in (True, False):
+            try:
+                text = self._template.render(messages, example.tools, decode_arguments=decode)
+                return text, decode
+            except TEMPLATE_ERRORS as error:
+                refusal = refusal or error
+        turn = self._template.refused_turn(messages, example.tools)
+        raise RowError(
+            "refused by the chat template",
+            f"the chat template refuses the row at message {turn} ({messages[turn - 1].role}): "
+            f"{refusal}",
+        ) from refusal
 
-    def _render(self, messages: Sequence[Message], generation_prompt: bool) -> str | None:
-        if not messages and not generation_prompt:
-            return ""
-        try:
-            return self._run_template(messages, generation_prompt=generation_prompt)
-        except TEMPLATE_ERRORS:
-            return None
+    def _turns(self, messages: Sequence[Message]) -> list[int]:
+        """Indices of the turns to train."""
+        turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        chosen = turns[-1:] if self.settings.turns == "last" else turns
+        trained = [i for i in chosen if messages[i].trained]
+        if not trained:
+            raise RowError(
+                "no trained message",
+                "the last turn of the assistant has `weight: 0`, and only that may be trained",
+                hint="set `data.turns: all`",
+            )
+        return trained
 
     def _tokenize(
-        self, text: str, messages: Sequence[Message] = ()
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_] | None]:
-        """ids, first and last+1 characters of the tokens, and which lie in generation markers."""
-        options = {"return_offsets_mapping": True, "verbose": False}
-        marked = None
-        if self._has_markers and messages:
-            chat = [{"role": message.role, "content": message.content} for message in messages]
-            encoded = self.tokenizer.apply_chat_template(
-                chat,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                tokenizer_kwargs=options,
-            )
-            marked = np.array(encoded["assistant_masks"], dtype=np.bool_)
-        else:
-            encoded = self.tokenizer(text, add_special_tokens=False, **options)
-        ids = np.array(encoded["input_ids"], dtype=np.int64)
-        offsets = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-        starts, ends = offsets[:, 0], offsets[:, 1]
-        if self._trims:
-            before = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]]) if len(ids) else ends
-            starts = np.minimum(starts, before)
-        return ids, starts, ends, marked
+        self, text: str, messages: Sequence[Message], example: Example, decode: bool
+    ) -> tuple[TextTokens, list[Span] | None]:
+        """The tokens, and the runs of characters inside generation markers where there are any."""
+        if not self._template.has_markers(example.tools):
+            return self._tokens(text), None
+        encoded = self._template.encode_marked(messages, example.tools, decode_arguments=decode)
+        tokens = self._tokens.placed(encoded)
+        return tokens, _runs(np.array(encoded["assistant_masks"], dtype=np.bool_), tokens)
 
     def _require_one_bos(self, ids: NDArray[np.int64]) -> None:
         bos = self.tokenizer.bos_token_id
@@ -212,15 +217,20 @@ class Encoder:
 
     # --- plain text -----------------------------------------------------------------------
 
-    def _encode_text(self, row: int, prompt: str, completion: str) -> Sample:
+    def _require_eos(self) -> int:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise DataError(
-                "the tokenizer has no eos token, so the model cannot learn where a completion ends",
+                "the tokenizer has no eos token, so the model cannot learn where an answer ends",
                 hint="use a base model whose tokenizer has an eos token",
             )
-        ids, starts, ends, _ = self._tokenize(prompt + completion)
-        trained = starts >= len(prompt)
+        return eos
+
+    def _encode_text(self, row: int, prompt: str, completion: str) -> Sample | None:
+        eos = self._require_eos()
+        text = prompt + completion
+        tokens = self._tokens(text)
+        ids, trained = tokens.ids, tokens.inside(len(prompt), len(text))
         if not trained.any():
             raise RowError(
                 "a completion that is one token with the end of its prompt",
@@ -228,7 +238,7 @@ class Encoder:
                 f"{prompt[-10:]!r}",
                 hint="move the space from the end of the prompt to the beginning of the completion",
             )
-        straddling = _straddling(starts, ends, [len(prompt)] if prompt else [])
+        straddling = tokens.straddling([len(prompt)] if prompt else [])
         if ids[-1] != eos:
             ids, trained = np.append(ids, eos), np.append(trained, True)
         if self._bos is not None and ids[0] != self._bos:
@@ -237,75 +247,36 @@ class Encoder:
 
     def _sample(
         self, row: int, ids: NDArray[np.int64], trained: NDArray[np.bool_], straddling: int
-    ) -> Sample:
-        """Truncate, and refuse what would train nothing."""
+    ) -> Sample | None:
+        """Truncate or drop (None), and refuse what would train nothing."""
+        longest = self.settings.max_length
         trained[:1] = False
-        cut = max(0, len(ids) - self.max_length)
-        lost = int(trained[self.max_length :].sum())
+        cut = max(0, len(ids) - longest)
+        if cut and self.settings.overflow == "drop":
+            return None
+        lost = int(trained[longest:].sum())
         last = int(np.flatnonzero(trained)[-1]) if trained.any() else -1
-        kept = trained[: self.max_length].copy()
+        kept = trained[:longest].copy()
         if not kept.any():
             raise RowError(
                 "no trained token",
-                f"none of the first {self.max_length:,} of {len(ids):,} tokens is trained"
+                f"none of the first {longest:,} of {len(ids):,} tokens is trained"
                 if cut
                 else f"none of the row's {len(ids):,} tokens is trained",
                 hint="raise `data.max_length`, or shorten the prompts" if cut else None,
             )
         return Sample(
             row=row,
-            input_ids=ids[: self.max_length].astype(np.int32),
+            input_ids=ids[:longest].astype(np.int32),
             trained=kept,
             truncated=cut,
             lost=lost,
-            ended=last < self.max_length,
+            ended=last < longest,
             straddling=straddling,
         )
 
 
-def _template(tokenizer: Tokenizer) -> str | None:
-    if not tokenizer.chat_template:
-        return None
-    try:
-        return tokenizer.get_chat_template()
-    except ValueError as error:
-        raise DataError(
-            "the tokenizer has several chat templates and none is called `default`",
-            hint="set `chat_template` in the base's tokenizer_config.json to one of them",
-        ) from error
-
-
-def own_bos(tokenizer: Tokenizer) -> int | None:
-    """The bos token that the tokenizer puts in front of plain text, or None if it does not."""
-    bos = tokenizer.bos_token_id
-    ids = tokenizer("a")["input_ids"]
-    return bos if bos is not None and ids and ids[0] == bos else None
-
-
-def _trims_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether offsets leave out the space that a token begins with (`trim_offsets`).
-
-    Such a token begins one character earlier than its offset says. Tokenizers that drop spaces
-    altogether show the same gap, but their tokens do not carry the space.
-    """
-    encoded = tokenizer("a a", add_special_tokens=False, return_offsets_mapping=True)
-    tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"])
-    return any(
-        start == 2 and token[:1] in ("Ġ", "▁", " ")
-        for token, (start, _) in zip(tokens, encoded["offset_mapping"], strict=True)
-    )
-
-
-def _runs(
-    marked: NDArray[np.bool_], starts: NDArray[np.int64], ends: NDArray[np.int64]
-) -> list[Span]:
+def _runs(marked: NDArray[np.bool_], tokens: Placed) -> list[Span]:
     """Characters of each run of marked tokens."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], marked, [False]]).astype(np.int8)))
-    return [(int(starts[a]), int(ends[b - 1])) for a, b in list(pairwise(edges))[::2]]
-
-
-def _straddling(
-    starts: NDArray[np.int64], ends: NDArray[np.int64], boundaries: Sequence[int]
-) -> int:
-    """Tokens with a boundary inside them."""
-    return sum(int(((starts < b) & (ends > b)).any()) for b in boundaries)
+    return [(int(tokens.starts[a]), int(tokens.ends[b - 1])) for a, b in list(pairwise(edges))[::2]]

@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 EVAL_STREAM = 2**64 - 1
 """The stream that splits off evaluation rows; epochs use streams 0, 1, 2, …"""
 
+SHUFFLE_STREAM = 2**64 - 2
+"""The stream that shuffles rows before they are limited and split."""
+
 
 def permutation(n: int, seed: int, stream: int) -> NDArray[np.int64]:
     """A permutation of 0 … n-1 as int64 [n], from `seed` and `stream` (an epoch) only."""

@@ -46,7 +46,8 @@ class Step:
     micro: list[Batch]
     """What to run forward and backward before the optimizer steps once."""
     trained: int
-    """Trained tokens in all micro-batches: what the summed loss is divided by."""
+    """Trained tokens (or samples with labels) in all micro-batches: what the summed loss is divided
+    by."""
     tokens: int
     """Tokens in all micro-batches, padding apart."""
     rows: tuple[int, ...]
@@ -126,7 +127,13 @@ def make_batches(
 
 
 def flat_batch(samples: Sequence[Sample], pad_id: int = 0) -> Batch:
-    """All samples in one row, one after the other; `pad_id` is not needed and ignored."""
+    """All samples in one row, one after the other; `pad_id` is not needed and ignored.
+
+    Raises:
+        ValueError: samples with labels: classification heads pool the positions of a row.
+    """
+    if any(sample.label is not None for sample in samples):
+        raise ValueError("samples with labels need the padded layout")
     lengths = np.array([len(sample) for sample in samples], dtype=np.int64)
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.concatenate([sample.input_ids for sample in samples]).astype(np.int64)
@@ -160,6 +167,7 @@ def padded_batch(samples: Sequence[Sample], pad_id: int = 0) -> Batch:
         targets[i, : len(sample)] = _targets(sample)
         attention[i, : len(sample)] = 1
     rows = np.array([sample.row for sample in samples], dtype=np.int64)
+    labels = [sample.label for sample in samples if sample.label is not None]
     return Batch(
         layout="padded",
         input_ids=torch.from_numpy(ids),
@@ -170,8 +178,9 @@ def padded_batch(samples: Sequence[Sample], pad_id: int = 0) -> Batch:
         max_length=shape[1],
         sample_ids=torch.from_numpy(np.repeat(rows[:, None], shape[1], axis=1)),
         rows=tuple(rows.tolist()),
-        trained=int((targets != IGNORE).sum()),
+        trained=len(labels) or int((targets != IGNORE).sum()),
         tokens=sum(lengths),
+        labels=torch.tensor(labels, dtype=torch.int64) if labels else None,
     )
 
 

@@ -1,11 +1,16 @@
 """Problems of rows: collected while reading or encoding, raised once. Knows no formats.
 
-A row's number is its line in the file (blank lines counted) or its place in the hub data set, both
-from 1, and it is the same number in every message, in `Example.row`, `Sample.row` and `Batch.rows`.
+A row's number is its line in the file (blank lines counted) or its place in the array, table or
+hub data set, all from 1, and it is the same number in every message, in `Example.row`, `Sample.row`
+and `Batch.rows`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+
+from decal.data.example import Example
+from decal.data.sample import Sample
 from decal.errors import DataError
 
 SHOWN = 5
@@ -66,3 +71,43 @@ class Problems:
         more = self._counts[kind] - 1
         rest = ", …" if more > len(others) else ""
         return f"{line} (and {more:,} more: {', '.join(map(str, others))}{rest})"
+
+
+def each_row(
+    examples: Iterable[Example],
+    source: str,
+    encode: Callable[[Example], Sample | None],
+    dropped: list[int],
+) -> Iterator[Sample]:
+    """Samples of all rows, one after the other.
+
+    After the first bad row no more samples come, only the error when all rows have been seen.
+
+    Args:
+        encode: raises RowError on a bad row, and returns None for one that is to be left out.
+        dropped: numbers of the rows left out are appended.
+
+    Raises:
+        DataError: bad rows, all of them in one error; or all rows were left out.
+    """
+    problems = Problems(source)
+    total = bad = 0
+    for example in examples:
+        total += 1
+        try:
+            sample = encode(example)
+        except RowError as problem:
+            problems.add(example.row, problem)
+            bad += 1
+            continue
+        if sample is None:
+            dropped.append(example.row)
+        elif not bad:
+            yield sample
+    if error := problems.error(total):
+        raise error
+    if total and len(dropped) == total:
+        raise DataError(
+            f"all {total:,} rows of `{source}` are longer than `data.max_length` and dropped",
+            hint="raise `data.max_length`, or set `data.overflow: truncate`",
+        )

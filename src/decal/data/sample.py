@@ -28,6 +28,8 @@ class Sample:
     straddling: int = 0
     """Tokens that hold both the last characters of a prompt and the first of what is trained.
     They are not trained."""
+    label: int | None = None
+    """Index of the text's class, for classification; no token is trained then."""
 
     def __len__(self) -> int:
         return len(self.input_ids)

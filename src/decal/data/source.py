@@ -1,64 +1,34 @@
-"""Rows of a file or hub data set -> examples, with every schema error found at once.
+"""`data` settings -> examples, with every schema error found at once.
 
-It knows neither tokenizers nor templates. Two registries are the seams: `READERS` (file suffix ->
-reader of raw rows) and `LAYOUTS` (columns -> example). The layout is found in the first readable
-row and then required of all. Where a row fits several, the first in `LAYOUTS` wins: `messages`
-before `prompt` and `completion`, because a chat holds its prompt already (data sets that carry
-both repeat the first message as `prompt`). Further columns are ignored, and named in
-`Rows.ignored`.
-
-Files are read line by line, so that only the examples themselves are held in memory.
+It knows neither tokenizers nor templates. Where rows come from: a file (readers.py), or a hub data
+set or folder (hub.py). What their columns mean: columns.py and layouts.py. Columns that are not
+used are named in `Rows.ignored`.
 """
 
 from __future__ import annotations
 
-import codecs
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from decal.data.order import EVAL_STREAM, permutation
+from decal.config import DataConfig
+from decal.data.columns import Columns
+from decal.data.example import Example, Message
+from decal.data.hub import data_set_rows
+from decal.data.layouts import find_layout, parse_row, require_layout, with_system
+from decal.data.messages import kind
+from decal.data.order import EVAL_STREAM, SHUFFLE_STREAM, permutation
 from decal.data.problems import Problems, RowError
+from decal.data.readers import READERS, RawRow, read_file, suffix_of
 from decal.errors import DataError, nearest
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-MEANINGFUL_KEYS = (
-    "tool_calls",
-    "function_call",
-    "tool_call_id",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-    "weight",
-)
-"""Keys of a message that change what should be trained: dropping them would be silently wrong."""
+__all__ = ["Example", "Message", "Rows", "read_rows", "split_eval"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".txt", ".gz", ".zst")
-
-RawRow: TypeAlias = "tuple[int, object | RowError]"
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a chat."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """One row: either `messages`, or `prompt` and `completion`."""
-
-    row: int
-    """Number of the row: its line in the file or its place in the hub data set, from 1."""
-    messages: tuple[Message, ...] | None = None
-    prompt: str | None = None
-    completion: str | None = None
+DATA_SUFFIXES = (*READERS, ".gz", ".zst", ".zip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +36,7 @@ class Rows:
     """What was read: the examples, and what a user should be told about them."""
 
     source: str
-    """The file or hub id."""
+    """The file, folder or hub id, with the split if it is not `train`."""
     layout: str
     """The name of the layout that was found, a key of LAYOUTS."""
     ignored: tuple[str, ...]
@@ -74,133 +44,112 @@ class Rows:
     examples: list[Example]
 
 
-@dataclass(frozen=True)
-class Layout:
-    """A way rows can look: the columns it needs, and how they become an example.
+def read_rows(settings: DataConfig, *, seed: int = 0) -> Rows:
+    """Read the rows that `settings` name; `DataConfig(path=…)` is enough for a file.
 
-    `parse(row number, columns, ignored)` raises RowError, and adds to the set `ignored`.
-    """
-
-    columns: tuple[str, ...]
-    parse: Callable[[int, Mapping[str, Any], set[str]], Example]
-
-
-def read_rows(path: str, *, split: str = "train", limit: int | None = None) -> Rows:
-    """Read the rows of a .jsonl file, or of a hub data set if there is no such file.
-
-    Args:
-        path: a file, or `owner/name` of a hub data set (loaded through `datasets`).
-        split: split of the hub data set; files have none.
-        limit: use only so many rows from the start.
+    Honours path, name, split, layout, columns, system, limit, shuffle (by `seed`) and streaming;
+    the other settings are the encoder's and `split_eval`'s.
 
     Raises:
-        DataError: nothing at `path`, no rows, an unknown layout, or rows that cannot be used (all
-            of them named by number and counted, in one error).
+        DataError: nothing at `path`, no rows, an unknown layout, settings that do not fit the
+            data, or rows that cannot be used (all of them named by number and counted, in one
+            error).
     """
-    raw = _hub_rows(path, split, limit) if _is_hub_id(path) else _file_rows(Path(path))
-    return _parse(raw, path, limit)
+    path = _one_file(settings)
+    if path is None:
+        raw = data_set_rows(settings, seed)
+        split = "" if settings.split == "train" else f" ({settings.split})"
+        return _parse(raw, f"{settings.path}{split}", settings)
+    raw = _file_rows(path)
+    if settings.shuffle:
+        rows = list(raw)
+        raw = (rows[i] for i in permutation(len(rows), seed, SHUFFLE_STREAM).tolist())
+    return _parse(islice(raw, settings.limit), str(path), settings)
 
 
-def split_eval(
-    examples: Sequence[Example], eval: float | str | None, seed: int
-) -> tuple[list[Example], list[Example]]:
-    """Split off evaluation rows; both parts keep the order of the data.
+def split_eval(rows: Rows, settings: DataConfig, seed: int = 0) -> tuple[Rows, Rows]:
+    """Evaluation rows by `settings.eval`; both parts keep the order of the data.
+
+    A share is split off `rows`: at least one row is taken, at least one is left. A file is read
+    with the same settings (its layout must be that of `rows`). For a hub data set or folder, `eval`
+    may also name another split of it.
 
     Args:
-        examples: all rows.
-        eval: share of the rows (at least one is taken, at least one is left), the path of a file
-            with rows of its own, or None.
+        rows: what `read_rows` made of the same settings.
         seed: which rows are taken depends on this and on the number of rows, on nothing else.
 
     Returns:
-        Training rows and evaluation rows; the latter empty where `eval` is None.
+        Training rows and evaluation rows, each with its own source; the latter without examples
+        where `eval` is null.
 
     Raises:
-        DataError: a share outside (0, 1), too few rows to split, or a bad evaluation file.
+        DataError: too few rows to split, or evaluation rows that cannot be used.
     """
-    if eval is None:
-        return list(examples), []
-    if isinstance(eval, str):
-        return list(examples), read_rows(eval).examples
-    if not 0.0 < eval < 1.0:
-        raise DataError(
-            f"`data.eval` is {eval}, not a share between 0 and 1",
-            hint="write e.g. 0.05, the path of a file, or null for no evaluation",
-        )
+    examples = rows.examples
+    if settings.eval is None:
+        return rows, replace(rows, examples=[])
+    if isinstance(settings.eval, str):
+        return rows, read_rows(_eval_settings(settings, rows.layout), seed=seed)
     if len(examples) < 2:
         raise DataError(
             f"{len(examples)} row cannot be split into training and evaluation rows",
             hint="add rows, or set `data.eval: null`",
         )
-    count = min(max(1, round(eval * len(examples))), len(examples) - 1)
+    count = min(max(1, round(settings.eval * len(examples))), len(examples) - 1)
     held_out = set(permutation(len(examples), seed, EVAL_STREAM)[:count].tolist())
     train = [example for i, example in enumerate(examples) if i not in held_out]
-    return train, [examples[i] for i in sorted(held_out)]
+    return replace(rows, examples=train), replace(
+        rows, examples=[examples[i] for i in sorted(held_out)]
+    )
 
 
-# --- raw rows ---------------------------------------------------------------------------------
+def _eval_settings(settings: DataConfig, layout: str) -> DataConfig:
+    named = str(settings.eval)
+    same = {"layout": layout, "eval": None}
+    has_splits = _is_hub_id(settings.path) or Path(settings.path).is_dir()
+    is_split = re.fullmatch(r"\w+", named) and not Path(named).exists()
+    if has_splits and is_split:
+        return settings.model_copy(update={**same, "split": named})
+    return settings.model_copy(update={**same, "path": named, "name": None, "split": "train"})
 
 
-def _jsonl(path: Path) -> Iterator[RawRow]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                    raise DataError(
-                        f"`{path}` is UTF-16 text, not UTF-8", hint="save the file as UTF-8"
-                    )
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                yield number, _json_line(number, line)
+# --- where rows come from ---------------------------------------------------------------------
 
 
-def _json_line(number: int, line: bytes) -> object | RowError:
-    try:
-        row: object = json.loads(line.decode("utf-8").rstrip())
-        return row
-    except UnicodeDecodeError as error:
-        bad = line[error.start]
-        return RowError(
-            "not UTF-8",
-            f"byte {error.start + 1} of line {number} is 0x{bad:02x}, not UTF-8 text",
-            hint="save the file as UTF-8",
-        )
-    except json.JSONDecodeError as error:
-        hint = "each line must be one whole JSON object"
-        if number == 1 and line.lstrip().startswith(b"["):
-            hint = "the file is one JSON array; write each element as a line of its own"
-        return RowError(
-            "invalid JSON",
-            f"invalid JSON on line {number}, column {error.colno}: {error.msg}",
-            hint=hint,
-        )
-    except RecursionError:
-        return RowError("invalid JSON", f"JSON on line {number} is nested too deeply")
+def _one_file(settings: DataConfig) -> Path | None:
+    """The file to read; None where `datasets` must load a hub data set or a folder."""
+    path = Path(settings.path)
+    if _is_hub_id(settings.path):
+        return None
+    if path.is_dir():
+        return _split_file(path, settings.split) if settings.name is None else None
+    for setting, default in (("split", "train"), ("name", None)):
+        given = getattr(settings, setting)
+        if given != default:
+            raise DataError(
+                f"`data.{setting}` is {given}, but `{settings.path}` is a file and has none",
+                hint=f"leave out `data.{setting}`",
+            )
+    return path
 
 
-READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
-    ".jsonl": _jsonl,
-    ".ndjson": _jsonl,
-}
-"""File suffix -> reader that yields (row number, decoded row or RowError)."""
+def _split_file(folder: Path, split: str) -> Path | None:
+    """`train.jsonl` in a folder, if it alone is called so: its rows keep their line numbers."""
+    found = [
+        entry
+        for entry in folder.iterdir()
+        if entry.is_file()
+        and suffix_of(entry).removesuffix(".gz") in READERS
+        and entry.name.removesuffix(suffix_of(entry)).lower() == split.lower()
+    ]
+    other = any(entry.is_dir() for entry in folder.iterdir())
+    return found[0] if len(found) == 1 and not other else None
 
 
 def _file_rows(path: Path) -> Iterator[RawRow]:
-    if path.is_dir():
-        raise DataError(
-            f"`{path}` is a folder, not a file of rows", hint=_neighbour(path / "train.jsonl")
-        )
     if not path.exists():
         raise DataError(f"there is no file `{path}`", hint=_neighbour(path))
-    if path.suffix.lower() not in READERS:
-        raise DataError(
-            f"`{path}` is not one of the file types that are read: {', '.join(READERS)}",
-            hint="write one JSON object per line into a .jsonl file",
-        )
-    try:
-        yield from READERS[path.suffix.lower()](path)
-    except OSError as error:
-        raise DataError(f"`{path}` cannot be read: {error.strerror or error}") from error
+    yield from read_file(path)
 
 
 def _neighbour(path: Path) -> str | None:
@@ -221,161 +170,57 @@ def _is_hub_id(path: str) -> bool:
     return bool(HUB_ID.fullmatch(path)) and not known_suffix and not Path(path).exists()
 
 
-def _hub_rows(path: str, split: str, limit: int | None) -> Iterator[RawRow]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(path, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        first_line = next(iter(str(error).splitlines()), "")
-        raise DataError(
-            f"split `{split}` of the hub data set `{path}` cannot be loaded",
-            details=[f"{type(error).__name__}: {first_line}"],
-            hint=f"there is no local file `{path}` either; check the name, the split and the "
-            "network connection",
-        ) from error
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    yield from enumerate(rows, start=1)
+# --- what they mean ---------------------------------------------------------------------------
 
 
-# --- layouts ----------------------------------------------------------------------------------
-
-
-def _parse(raw: Iterator[RawRow], source: str, limit: int | None) -> Rows:
+def _parse(raw: Iterator[RawRow], source: str, settings: DataConfig) -> Rows:
     problems = Problems(source)
+    columns = Columns(settings.columns)
     examples: list[Example] = []
     ignored: set[str] = set()
     layout: str | None = None
     total = 0
     for number, row in raw:
-        if limit is not None and total == limit:
-            break
         total += 1
         try:
             if isinstance(row, RowError):
                 raise row
-            columns = _columns(row)
+            made = columns.apply(_object(row))
             if layout is None:
-                layout = _detect(columns, number, source)
-            examples.append(_example(LAYOUTS[layout], number, columns, ignored))
+                layout = _layout(made, columns.made, number, source, settings.layout)
+            example = parse_row(layout, number, made, ignored)
+            examples.append(_with_system(example, settings.system, layout))
         except RowError as problem:
             problems.add(number, problem)
     if error := problems.error(total):
         raise error
     if layout is None:
         raise DataError(f"`{source}` has no rows")
-    return Rows(source=source, layout=layout, ignored=tuple(sorted(ignored)), examples=examples)
+    unused = tuple(sorted(ignored - columns.used))
+    return Rows(source=source, layout=layout, ignored=unused, examples=examples)
 
 
-def _columns(row: object) -> Mapping[str, Any]:
+def _object(row: object) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
-        raise RowError("not an object", f"the row is {_kind(row)}, not an object with columns")
+        raise RowError("not an object", f"the row is {kind(row)}, not an object with columns")
     return row
 
 
-def _detect(columns: Mapping[str, Any], number: int, source: str) -> str:
-    for name, layout in LAYOUTS.items():
-        if all(columns.get(column) is not None for column in layout.columns):
-            return name
-    wanted = [" and ".join(f"`{c}`" for c in layout.columns) for layout in LAYOUTS.values()]
-    found = ", ".join(f"`{column}`" for column in columns) or "none"
-    known = [column for layout in LAYOUTS.values() for column in layout.columns]
-    near = {column: nearest(column, known) for column in columns if column not in known}
-    hints = [f"rename `{column}` to `{meant}`" for column, meant in near.items() if meant]
-    raise DataError(
-        f"the columns of `{source}` fit no layout: row {number} has {found}",
-        details=[f"expected {', or '.join(wanted)}"],
-        hint=hints[0] if hints else "rename the columns, or convert the rows to `messages`",
-    )
+def _layout(
+    columns: Mapping[str, Any], made: frozenset[str], number: int, source: str, asked: str
+) -> str:
+    if asked == "auto":
+        return find_layout(columns, made, number, source)
+    require_layout(asked, columns, number, source)
+    return asked
 
 
-def _example(layout: Layout, number: int, columns: Mapping[str, Any], ignored: set[str]) -> Example:
-    missing = [column for column in layout.columns if columns.get(column) is None]
-    if missing:
-        kind = f"no `{missing[0]}`"
-        found = ", ".join(f"`{column}`" for column in columns) or "no columns"
-        raise RowError(
-            kind,
-            f"{kind} (the row has {found})",
-            hint="all rows of a file must have the layout of its first row",
+def _with_system(example: Example, system: str | None, layout: str) -> Example:
+    if system is None:
+        return example
+    if example.messages is None:
+        raise DataError(
+            f"`data.system` is for chats, and the rows are {layout}",
+            hint="leave out `data.system`, or write its text into the prompts with `data.columns`",
         )
-    ignored.update(column for column in columns if column not in layout.columns)
-    return layout.parse(number, columns, ignored)
-
-
-def _messages(number: int, columns: Mapping[str, Any], ignored: set[str]) -> Example:
-    turns = columns["messages"]
-    if not isinstance(turns, Sequence) or isinstance(turns, str):
-        raise RowError("wrong type of `messages`", f"`messages` is {_kind(turns)}, not a list")
-    if not turns:
-        raise RowError("empty `messages`", "`messages` is empty")
-    messages = tuple(_message(i, turn, ignored) for i, turn in enumerate(turns, start=1))
-    if not any(message.role == "assistant" for message in messages):
-        raise RowError(
-            "no assistant message",
-            f"none of the {len(messages)} messages is the assistant's, so nothing can be trained",
-        )
-    return Example(row=number, messages=messages)
-
-
-def _message(i: int, turn: object, ignored: set[str]) -> Message:
-    if not isinstance(turn, Mapping):
-        raise RowError("wrong type of message", f"message {i} is {_kind(turn)}, not an object")
-    role = turn.get("role")
-    if role not in ROLES:
-        near = nearest(role, ROLES) if isinstance(role, str) else None
-        raise RowError(
-            "unknown role",
-            f"message {i} has the role {json.dumps(role, ensure_ascii=False, default=str)}",
-            hint=f"did you mean `{near}`?" if near else f"roles are {', '.join(ROLES)}",
-        )
-    for key, value in turn.items():
-        if key in ("role", "content") or value is None or value == []:
-            continue
-        if key in MEANINGFUL_KEYS:
-            raise RowError(
-                f"`{key}` in a message",
-                f"message {i} has `{key}`, which cannot be trained on yet",
-                hint=f"write what the model shall say into `content`, and remove `{key}`",
-            )
-        ignored.add(f"messages[].{key}")
-    content = _text(turn.get("content"), f"`content` of message {i} ({role})", "`content`")
-    if role == "assistant" and not content.strip():
-        raise RowError("empty assistant message", f"message {i} (assistant) is empty")
-    return Message(role, content)
-
-
-def _prompt_completion(number: int, columns: Mapping[str, Any], ignored: set[str]) -> Example:
-    prompt = _text(columns["prompt"], "`prompt`", "`prompt`")
-    completion = _text(columns["completion"], "`completion`", "`completion`")
-    if not completion.strip():
-        raise RowError("empty completion", "`completion` is empty")
-    return Example(row=number, prompt=prompt, completion=completion)
-
-
-LAYOUTS: dict[str, Layout] = {
-    "messages": Layout(("messages",), _messages),
-    "prompt-completion": Layout(("prompt", "completion"), _prompt_completion),
-}
-"""Layouts in order of precedence."""
-
-
-def _text(value: object, what: str, column: str) -> str:
-    if not isinstance(value, str):
-        raise RowError(f"wrong type of {column}", f"{what} is {_kind(value)}, not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RowError(
-            f"broken text in {column}",
-            f"{what} has half of a surrogate pair at character {error.start + 1}",
-        ) from None
-    return value
-
-
-def _kind(value: object) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number"}
-    if value is None:
-        return "null"
-    return names.get(type(value), "a number" if isinstance(value, float) else type(value).__name__)
+    return replace(example, messages=with_system(example.messages, system))

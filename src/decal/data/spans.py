@@ -29,14 +29,15 @@ of prefixes (tokens merge across the boundary).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from decal.data.example import Message
+from decal.data.messages import tool_name
 from decal.data.problems import RowError
-from decal.data.source import Message
-
-Span = tuple[int, int]
-"""Characters [start, end)."""
+from decal.data.tokens import Span
 
 Render = Callable[[Sequence[Message], bool], "str | None"]
 """(messages, add_generation_prompt) -> text, or None where the template refuses them."""
@@ -50,10 +51,17 @@ HINT_NO_END = (
     "eos token, or the model never learns to stop"
 )
 HINT_NOT_FOUND = (
-    "add {% generation %} … {% endgeneration %} around the assistant's part of the chat template, "
-    "or split the row so that the turn is its last message"
+    "set `data.turns: last`, split the row so that the turn is its last message, or add "
+    "{% generation %} … {% endgeneration %} around the assistant's part of the chat template"
 )
-HINT_REWRITTEN = "change the message so that the template keeps it whole, or split the row"
+HINT_REWRITTEN = (
+    "change the message so that the template keeps it whole, split the row, or train only the last "
+    "turn with `data.turns: last`"
+)
+THINKING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message that hold what the model thought before its content."""
+
+HINT_DROPPED = "use a base whose chat template has them, or leave them out of the row"
 
 
 @dataclass(frozen=True)
@@ -66,17 +74,22 @@ class Rendered:
     """Added and special tokens in the text, in order."""
     runs: Sequence[Span] | None
     """Runs of characters inside generation markers; None where the template has no markers."""
+    tools: Sequence[Any] = ()
+    """Descriptions of tools that the template was given."""
 
 
-def find_spans(row: Rendered, render: Render) -> list[Span]:
-    """One span per assistant turn, in order; each ends behind the turn's end-of-turn token.
+def find_spans(row: Rendered, render: Render, turns: Sequence[int]) -> list[Span]:
+    """One span for each of `turns`, in order; each ends behind the turn's end-of-turn token.
+
+    Args:
+        turns: the assistant's turns to train, as ascending indices into the messages. The others
+            are prompt, and need not be found.
 
     Raises:
         RowError: a turn that cannot be located beyond doubt, has no end-of-turn token, or has
             lost text in rendering; named by its number among the messages, from 1.
     """
     _require_kept(row)
-    turns = [i for i, message in enumerate(row.messages) if message.role == "assistant"]
     if row.runs is not None:
         return _marked_spans(row, turns, row.runs)
     spans: list[Span] = []
@@ -90,11 +103,15 @@ def find_spans(row: Rendered, render: Render) -> list[Span]:
 def _require_kept(row: Rendered) -> None:
     """Every prompt message must occur in the text: templates skip roles they do not know."""
     text = _squeeze(row.text)
+    for tool in row.tools:
+        if (name := tool_name(tool)) and name not in row.text:
+            raise RowError(
+                "tools that the chat template drops",
+                f"the tool `{name}` is not in the rendered chat",
+                hint=HINT_DROPPED,
+            )
     for i, message in enumerate(row.messages):
-        if (
-            message.role in ("system", "developer", "user")
-            and _squeeze(message.content) not in text
-        ):
+        if message.role != "assistant" and not _occurs(message.content, text):
             raise RowError(
                 REWRITTEN,
                 f"message {i + 1} ({message.role}) is not in the rendered chat: "
@@ -104,21 +121,23 @@ def _require_kept(row: Rendered) -> None:
 
 
 def _marked_spans(row: Rendered, turns: Sequence[int], runs: Sequence[Span]) -> list[Span]:
-    if len(runs) != len(turns):
+    speaking = [i for i, message in enumerate(row.messages) if message.role == "assistant"]
+    if len(runs) != len(speaking):
         raise RowError(
             "generation markers that do not match the turns",
-            f"the chat template marks {len(runs)} generated parts, the row has {len(turns)} "
+            f"the chat template marks {len(runs)} generated parts, the row has {len(speaking)} "
             "assistant turns",
             hint="put {% generation %} … {% endgeneration %} around every assistant turn",
         )
-    return [_marked_span(row, i, run) for i, run in zip(turns, runs, strict=True)]
+    found = dict(zip(speaking, runs, strict=True))
+    return [_marked_span(row, i, found[i]) for i in turns]
 
 
 def _marked_span(row: Rendered, i: int, run: Span) -> Span:
     start, end = run
     _require_content(row, i, run)
     content = row.messages[i].content.strip()
-    found = row.text.find(content, start, end)
+    found = -1 if _says_more(row.messages[i]) else row.text.find(content, start, end)
     close = _mark_after(row, found + len(content)) if found >= 0 else None
     close = close or _last_mark(row, run) or _mark_after(row, end)
     if close is None:
@@ -132,7 +151,7 @@ def _turn_span(row: Rendered, i: int, floor: int, render: Render) -> Span:
     if prompt is not None and len(prompt) >= floor and row.text.startswith(prompt):
         start = len(prompt)
         spoken = _skip_space(row.text, start)
-        if row.text.startswith(content, spoken):
+        if row.text.startswith(content, spoken) and not _says_more(row.messages[i]):
             close = _mark_after(row, spoken + len(content))
             if close is not None:
                 return start, close
@@ -149,7 +168,9 @@ def _turn_span(row: Rendered, i: int, floor: int, render: Render) -> Span:
 
 def _unique_span(row: Rendered, i: int, floor: int, content: str) -> Span:
     start = row.text.find(content, floor)
-    if start < 0:
+    if _says_more(row.messages[i]):
+        what = "says more than its content, and is not where the generation prompt ends"
+    elif start < 0:
         what = "is not found in the rendered chat as it was written"
     elif row.text.find(content, start + 1) >= 0:
         what = "occurs more than once in the rendered chat"
@@ -164,15 +185,51 @@ def _unique_span(row: Rendered, i: int, floor: int, content: str) -> Span:
 
 
 def _require_content(row: Rendered, i: int, region: Span) -> None:
-    """The region must hold the turn's content, white space apart: templates may re-indent it."""
-    content = row.messages[i].content
-    if _squeeze(content) not in _squeeze(row.text[slice(*region)]):
-        raise RowError(
-            REWRITTEN,
-            f"message {i + 1} (assistant) is rendered as {_quote(row.text[slice(*region)])}, "
-            f"the row has {_quote(content)}",
-            hint=HINT_REWRITTEN,
-        )
+    """The region must hold what the turn says, white space apart: templates may re-indent it."""
+    rendered = _squeeze(row.text[slice(*region)])
+    for said in _said(row.messages[i]):
+        if not _occurs(said, rendered):
+            raise RowError(
+                REWRITTEN,
+                f"message {i + 1} (assistant) is rendered as {_quote(row.text[slice(*region)])}, "
+                f"the row has {_quote(said)}",
+                hint=HINT_REWRITTEN,
+            )
+
+
+def _says_more(message: Message) -> bool:
+    """Whether the turn holds thinking or tool calls besides its content."""
+    return any(key in message.extra for key in ("tool_calls", *THINKING))
+
+
+def _said(message: Message) -> Iterator[str]:
+    """All texts that must be found in the rendered turn: content, thinking, and calls."""
+    yield message.content
+    for key in THINKING:
+        if isinstance(message.extra.get(key), str):
+            yield message.extra[key]
+    for call in message.as_dict().get("tool_calls", ()):
+        yield tool_name(call) or ""
+        yield from _texts(call.get("function", call).get("arguments"))
+
+
+def _texts(value: object) -> Iterator[str]:
+    """The texts inside a decoded JSON value, keys of objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
+
+
+def _occurs(said: str, squeezed: str) -> bool:
+    """Whether a text occurs as it is, or as JSON has it, in a text without white space."""
+    ways = (said, json.dumps(said, ensure_ascii=False)[1:-1], json.dumps(said)[1:-1])
+    return any(_squeeze(way) in squeezed for way in ways)
 
 
 def _mark_after(row: Rendered, position: int) -> int | None:

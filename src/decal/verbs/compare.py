@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from decal.config import DataConfig
 from decal.data.batch import Batch
 from decal.data.chat import Encoder
+from decal.data.example import Example
 from decal.data.pack import LayoutName, make_batches
-from decal.data.source import Example, read_rows
+from decal.data.source import read_rows
 from decal.errors import AdapterError, DecalError
 from decal.model import attention
 from decal.model.adapter import Adapter
@@ -67,7 +69,7 @@ def compare(
             attach(model, adapter, name)
 
     results: dict[str, Any] = {}
-    rows = read_rows(data, limit=limit).examples if data else []
+    rows = read_rows(DataConfig(path=data, limit=limit)).examples if data else []
     batches = _encoded(model, tokenizer, rows) if rows else []
     for name in (BASE_NAME, *loaded):
         active: AbstractContextManager[Any]
@@ -127,7 +129,7 @@ def question(row: Example) -> tuple[Prompt, str]:
 
 
 def _encoded(model: Any, tokenizer: Any, rows: Sequence[Example]) -> list[Batch]:
-    samples = Encoder(tokenizer, 1 << 20).encode_all(rows)
+    samples = Encoder(tokenizer, DataConfig(path="data", max_length=1 << 20)).encode_all(rows)
     layout: LayoutName = "flat" if attention.flattens(model) else "padded"
     return make_batches(samples, _BATCH_TOKENS, layout=layout)
 

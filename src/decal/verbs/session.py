@@ -117,8 +117,8 @@ def prepare(config: RunConfig, say: Say) -> Session:
             would train nothing or the wrong thing.
     """
     base = config.base
-    rows = read_rows(config.data.path, split=config.data.split, limit=config.data.limit)
-    train_rows, eval_rows = split_eval(rows.examples, config.data.eval, config.train.seed)
+    rows = read_rows(config.data, seed=config.train.seed)
+    train_rows, eval_rows = split_eval(rows, config.data, config.train.seed)
     model, tokenizer = load_base(
         base.path,
         quant=config.quant,
@@ -129,13 +129,14 @@ def prepare(config: RunConfig, say: Say) -> Session:
     )
     _say_base(model, config, say)
 
-    encoder = Encoder(tokenizer, config.data.max_length)
-    samples = encoder.encode_all(train_rows, rows.source)
-    eval_samples = encoder.encode_all(eval_rows, rows.source) if eval_rows else []
+    encoder = Encoder(tokenizer, config.data)
+    samples = encoder.encode_all(train_rows.examples, train_rows.source)
+    summary = summarize(samples, dropped=encoder.dropped, notes=encoder.notes)
+    eval_samples = encoder.encode_all(eval_rows.examples, eval_rows.source)
     _refuse_other_vocabulary(model, samples)
-    counts = f"{len(samples):,} to train, {len(eval_rows):,} to evaluate"
+    counts = f"{len(samples):,} to train, {len(eval_samples):,} to evaluate"
     say(f"data: {rows.source} ({rows.layout}), {counts}")
-    for line in summarize(samples).lines():
+    for line in summary.lines():
         say(f"  {line}")
     if rows.ignored:
         say(f"  columns not used: {', '.join(rows.ignored)}")
