@@ -254,7 +254,7 @@ def _write_folder(folder: Path, adapter: PeftAdapter) -> None:
         "revision": adapter.revision,
         "task_type": adapter.task_type,
     }
-    raw = to_json(adapter.config, sorted(adapter.tensors), others)
+    raw = to_json(adapter.config, sorted(adapter.tensors), sorted(adapter.full), others)
     write_json(folder / CONFIG_NAME, raw)
     tensors = _by_key(adapter)
     save_tensors(folder / WEIGHTS_NAME, tensors, {"format": "pt", **adapter.metadata})

@@ -6,9 +6,10 @@ if it only mattered when the adapter was made, or if it has its default or an em
 Everything else is named and refused, together with what is wrong with the tensors (peft.py raises
 once for all). Keys that LoraConfig has no field for are carried along (`rest`) and written again.
 
-peft's rules for names are repeated here, because a reader must choose the same modules: a target
-is a whole name or its end after a dot, but modules_to_save are plain ends of names (`norm` also
-saves `post_attention_layernorm`).
+peft's rules for names are repeated here, because every reader must choose the same modules. A
+target is a whole name or its end after a dot, but modules_to_save are plain ends of names: `norm`
+also saves `post_attention_layernorm`. decal means the end after a dot there too, so modules are
+written by their whole names where the two could differ.
 
 Knows no tensors and no folders.
 """
@@ -28,6 +29,7 @@ __all__ = [
     "PEFT_VERSION",
     "config_fields",
     "config_problems",
+    "dotted",
     "misnamed",
     "rest",
     "saved_by",
@@ -102,6 +104,8 @@ _AUTOMATIC = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 """What peft adds to modules_to_save by itself, whether the model has it or not."""
+_UNIQUE_ENDS = {"embed_tokens", "lm_head", "score"}
+"""Usual entries of modules_to_save that are the end of no longer name in transformers' models."""
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Starting values that leave the base as it is; after training they no longer matter."""
 
@@ -226,10 +230,34 @@ def _layer_number(module: str, pattern: str | Sequence[str] | None) -> int | Non
 
 
 def saved_by(parameter: str, modules_to_save: Iterable[str]) -> str | None:
-    """The entry of modules_to_save whose module holds the parameter of this full name, or None."""
+    """The module that modules_to_save names, by peft's rule, and that holds the parameter."""
+    names = tuple(modules_to_save)
+    return next((m for m in _holders(parameter) if names and m.endswith(names)), None)
+
+
+def _holders(parameter: str) -> list[str]:
+    """The modules that a parameter is in, outermost first."""
     parts = parameter.split(".")
-    modules = [".".join(parts[:n]) for n in range(1, len(parts))]
-    return next((s for s in modules_to_save if any(m.endswith(s) for m in modules)), None)
+    return [".".join(parts[:n]) for n in range(1, len(parts))]
+
+
+def dotted(modules_to_save: Sequence[str], parameters: Iterable[str]) -> tuple[str, ...]:
+    """modules_to_save such that ends after a dot reach all that peft's rule reaches."""
+    names = list(modules_to_save)
+    for parameter in parameters:
+        module = saved_by(parameter, modules_to_save)
+        if module and not any(_named(m, names) for m in _holders(parameter)):
+            names.append(module)
+    return tuple(names)
+
+
+def _whole_names(modules_to_save: Sequence[str], parameters: Iterable[str]) -> list[str]:
+    """modules_to_save such that peft's rule reaches no more than ends after a dot do."""
+    names = {name: [name] for name in modules_to_save}
+    for name in set(names) - _UNIQUE_ENDS:
+        inside = [m for p in parameters for m in _holders(p) if _named(m, [name])]
+        names[name] = sorted(set(inside)) or [name]
+    return list(dict.fromkeys(whole for found in names.values() for whole in found))
 
 
 def unsaved(
@@ -246,9 +274,14 @@ def unsaved(
 
 
 def to_json(
-    config: LoraConfig, modules: Iterable[str], others: Mapping[str, Any]
+    config: LoraConfig,
+    modules: Iterable[str],
+    parameters: Sequence[str],
+    others: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All 41 keys in sorted order, and what `others` has beyond them.
+
+    `modules` have factors, `parameters` are trained whole.
 
     `all-linear` and `attention` are decal's words for a choice that was made on the whole model;
     in the file stand the modules that were chosen, so that every reader chooses the same. So it is
@@ -275,7 +308,7 @@ def to_json(
         "lora_alpha": _number(config.lora_alpha),
         "lora_bias": config.lora_bias,
         "lora_dropout": config.lora_dropout,
-        "modules_to_save": list(config.modules_to_save) or None,
+        "modules_to_save": _whole_names(config.modules_to_save, parameters) or None,
         "r": config.r,
         "rank_pattern": dict(config.rank_pattern),
         "target_modules": targets if isinstance(targets, str) else sorted(targets),

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from decal.config import LoraConfig
-from decal.store.peft_config import misnamed, saved_by, unsaved
+from decal.store.peft_config import dotted, misnamed, saved_by, unsaved
 from decal.store.tensorfile import TensorSpec
 
 __all__ = ["FOREIGN", "PREFIX", "Contents", "Misfit", "Pair", "arranged", "fitted", "pair_keys"]
@@ -96,6 +96,7 @@ class _Found:
     based: dict[str, str] = field(default_factory=dict)
     """Parameter -> key, where the key names a base_layer."""
     again: dict[str, str] = field(default_factory=dict)
+    """Name with `modules_to_save` in it -> key."""
     problems: list[Misfit] = field(default_factory=list)
 
 
@@ -147,7 +148,7 @@ def _sorted_keys(specs: Mapping[str, TensorSpec]) -> _Found:
         elif _BEFORE in name:
             continue
         elif _AGAIN in name:
-            found.again[name.replace(_AGAIN, ".", 1)] = key
+            found.again[name] = key
         elif _COPY in name:
             found.based[name.replace(_COPY, ".", 1)] = key
         else:
@@ -197,10 +198,14 @@ def _whole(contents: Contents, found: _Found) -> None:
             contents.copies[name] = key
     contents.full.update(found.whole)
     for name, key in found.again.items():
-        if name in found.whole:
-            contents.twins.append((found.whole[name], key))
-        else:
+        module, _, inner = name.partition(_AGAIN)
+        # Inside a block peft leaves the adapter's name in the key.
+        names = (f"{module}.{inner}", f"{module}.{inner.partition('.')[2]}")
+        twin = next((n for n in names if n in found.whole), None)
+        if twin is None:
             contents.problems.append((key, _UNKNOWN))
+        else:
+            contents.twins.append((found.whole[twin], key))
 
 
 def fitted(
@@ -242,8 +247,9 @@ def fitted(
     _check_copies(contents, specs)
     missing, foreign = unsaved(config.modules_to_save, contents.full, task_type)
     contents.problems += [(name, "is in modules_to_save, no tensor is of it") for name in missing]
+    saved_names = [name for name in config.modules_to_save if name not in foreign]
     changes: dict[str, object] = {
-        "modules_to_save": (*(s for s in config.modules_to_save if s not in foreign), *heads)
+        "modules_to_save": (*dotted(saved_names, contents.full), *heads),
     }
     if followers:
         changes |= {"target_modules": tuple(sorted(contents.pairs)), "layers_to_transform": None}
