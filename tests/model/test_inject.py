@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, Qwen2Config
 from decal.adapters import AdaptedLayer, DropoutKey, Routing, routed
 from decal.config import LoraConfig
 from decal.errors import AdapterError, TargetError, TrainingError
+from decal.model.adapter import Adapter
 from decal.model.inject import (
     active_routing,
     adapted_layers,
@@ -28,6 +29,7 @@ from decal.model.inject import (
 )
 from decal.quant.base import Recipe
 from decal.quant.linear import QuantLinear
+from decal.store.peft import LoraTensors
 
 LLAMA = LlamaConfig(
     hidden_size=36,
@@ -40,17 +42,6 @@ LLAMA = LlamaConfig(
 )
 IDS = torch.tensor([[5, 9, 60, 3, 3], [7, 8, 1, 2, 4]])
 ACTING = LoraConfig(r=3, lora_alpha=5, lora_dropout=0.0, init_lora_weights=False)
-
-
-@dataclass
-class InMemory:
-    """The least that attach takes for a trained adapter."""
-
-    config: LoraConfig
-    tensors: dict[str, tuple[Tensor, Tensor]]
-    source: str = "out/sft"
-    base: str | None = "org/small"
-    metadata: dict[str, str] = field(default_factory=dict)
 
 
 def llama(config: Any = LLAMA) -> Any:
@@ -153,7 +144,7 @@ def test_projections_of_one_input_drop_the_same_features() -> None:
 def test_weighted_set_is_the_weighted_sum_of_deltas() -> None:
     """float64 on one linear model, rtol 1e-9. Mutation: average A and B separately (F17)."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(13, 11), nn.Linear(11, 7)).double()
+    model = nn.Sequential(nn.Linear(13, 11), nn.Linear(11, 7)).double().eval()
     x = torch.randn(5, 13, dtype=torch.float64)
     W = [layer.weight.detach().clone() for layer in model]
     b = [layer.bias.detach() for layer in model]
@@ -282,12 +273,10 @@ def test_a_module_that_stands_twice_is_adapted_in_both_places() -> None:
     assert model["one"][0] is model["two"][1] is shared
 
 
-def trained(model: Any) -> InMemory:
+def trained(model: Any) -> Adapter:
     other = copy.deepcopy(model)
     attach(other, ACTING, seed=9)
-    return InMemory(
-        ACTING, {n: (p.A.detach(), p.B.detach()) for n, p in adapter_state(other).items()}
-    )
+    return Adapter.from_model(other, source="out/sft", base="org/small")
 
 
 def test_a_trained_adapter_is_loaded_whole() -> None:
@@ -332,15 +321,17 @@ def test_tensors_and_slots_must_pair_off(change: str, text: str) -> None:
     model = llama()
     adapter = trained(model)
     first = "model.layers.0.self_attn.q_proj"
+    tensors = dict(adapter.tensors)
     if change == "drop":
-        del adapter.tensors[first]
+        del tensors[first]
     elif change == "prefix":
-        adapter.tensors = {"base_model." + n: t for n, t in adapter.tensors.items()}
+        tensors = {"base_model." + n: t for n, t in tensors.items()}
     elif change == "extra":
-        adapter.tensors["model.layers.7.self_attn.q_proj"] = adapter.tensors[first]
+        tensors["model.layers.7.self_attn.q_proj"] = tensors[first]
     else:
-        A, B = adapter.tensors[first]
-        adapter.tensors[first] = (A[:2], B[:, :2])
+        A, B, _ = tensors[first]
+        tensors[first] = LoraTensors(A[:2], B[:, :2])
+    adapter = replace(adapter, tensors=tensors)
     with pytest.raises(AdapterError) as caught:
         attach(model, adapter)
     assert caught.value.message.endswith(text)

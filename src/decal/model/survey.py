@@ -1,8 +1,8 @@
 """Walks a model and says what each of its modules is, and how many parameters it really has.
 
 Knows torch modules and the structure of transformers models, but no adapters' insides: an adapted
-layer counts as the base layer under it, so that a model reads the same before and after attach.
-Works on the meta device.
+or replaced module counts as the base module under it, so that a model reads the same before and
+after attach. Works on the meta device.
 
 An attention module is recognized by its class name (`LlamaAttention`, `BertAttention`, …) or, for
 code that names its classes otherwise, by its forward calling an attention function. The names in
@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from decal.adapters import AdaptedLayer, BaseLayer, base_view
+from decal.adapters import AdaptedLayer, BaseLayer, ReplacedModule, base_view
 from decal.model.targets import ModuleInfo
 
 _ATTENTION_CLASS = re.compile(r"(Attention|Attn)(V?\d+)?$")
@@ -55,8 +55,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-        if isinstance(module, AdaptedLayer):
-            module = module.base_layer
+        module = unwrapped(module)
         if id(module) in seen:
             return
         seen.add(id(module))
@@ -101,8 +100,9 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """
     trainable = total = 0
     counted: set[int] = set()
+    module: Any
     for module in model.modules():
-        packed = module if isinstance(module, BaseLayer) else None
+        packed = module if is_packed(module) else None
         if packed is not None:
             total += packed.shape[0] * packed.shape[1]
         for parameter in module.parameters(recurse=False):
@@ -134,6 +134,14 @@ def _head(model: nn.Module) -> nn.Module | None:
     return None if head is None else unwrapped(head)
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether the module is a base layer by itself: its storage is not its weight."""
+    wrapper = isinstance(module, AdaptedLayer | ReplacedModule)
+    return not wrapper and isinstance(module, BaseLayer)
+
+
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The original module under an adapted layer; any other module itself."""
-    return module.base_layer if isinstance(module, AdaptedLayer) else module
+    """The original module under an adapted or replaced one; any other module itself."""
+    while isinstance(module, AdaptedLayer | ReplacedModule):
+        module = module.base_layer
+    return module
