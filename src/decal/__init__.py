@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from decal.runfile import dump_run as dump_run
     from decal.runfile import load_run as load_run
     from decal.verbs.generate import generate as generate
+    from decal.verbs.in_place import merge_in_place as merge_in_place
     from decal.verbs.inspect import inspect as inspect
     from decal.verbs.load import load as load
     from decal.verbs.load import load_base as load_base
     from decal.verbs.load import save_adapter as save_adapter
     from decal.verbs.merge import merge as merge
-    from decal.verbs.merge import merge_in_place as merge_in_place
     from decal.verbs.train import train as train
 
 _HOME = {
@@ -53,7 +53,7 @@ _HOME = {
     "load_base": "decal.verbs.load",
     "load_run": "decal.runfile",
     "merge": "decal.verbs.merge",
-    "merge_in_place": "decal.verbs.merge",
+    "merge_in_place": "decal.verbs.in_place",
     "save_adapter": "decal.verbs.load",
     "train": "decal.verbs.train",
     "use": "decal.model.inject",

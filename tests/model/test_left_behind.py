@@ -16,7 +16,7 @@ from decal.errors import AdapterError, QuantError
 from decal.model import hf, inject, switches
 from decal.model.inject import attach, detach
 from decal.quant.base import Recipe
-from decal.verbs.merge import merge_in_place
+from decal.verbs.in_place import merge_in_place
 
 CONFIG = LoraConfig(r=3, lora_alpha=7, init_lora_weights=False)
 

@@ -15,8 +15,9 @@ from decal import demo
 from decal.errors import AdapterError, ConfigError, OutputError
 from decal.model.adapter import Adapter
 from decal.model.inject import adapted_layers, attach
+from decal.verbs.in_place import merge_in_place
 from decal.verbs.load import load, load_base
-from decal.verbs.merge import merge, merge_in_place
+from decal.verbs.merge import merge
 from decal.verbs.train import RunResult
 
 IDS = torch.arange(3, 40)[None]

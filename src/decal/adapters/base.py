@@ -65,7 +65,7 @@ class Piece(NamedTuple):
     """Consecutive rows of a layer's flattened input, and how many rows that has."""
 
     start: int
-    count: int
+    rows: int
     total: int
 
 
@@ -98,7 +98,7 @@ class DropoutKey:
                 f"{piece.total}, the batch has {positions.numel()} tokens",
                 hint="leave this module out of target_modules or set lora_dropout: 0",
             )
-        rows = slice(piece.start, piece.start + piece.count)
+        rows = slice(piece.start, piece.start + piece.rows)
         return replace(self, sample_ids=ids[rows], positions=positions[rows], kept=None)
 
 

@@ -78,9 +78,9 @@ class AdaptedLayer(BaseProxy):
         parts, start = [], 0
         for name, count in routing.row_counts(x, rows):
             part = flat_y[start : start + count]
-            if name in self.adapters and count:
+            if name is not None and name in self.adapters and count:
                 piece = Piece(start, count, rows)
-                adapter = self.adapters[str(name)]
+                adapter = self.adapters[name]
                 part = adapter(flat_x[start : start + count], part, self.base, piece=piece)
             parts.append(part)
             start += count

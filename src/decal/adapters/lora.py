@@ -344,6 +344,14 @@ class Lora(nn.Module):
         moved = self.bias - base_bias
         return moved if shift is None else shift + moved
 
+    def merged_bias(self, base_bias: Tensor | None) -> Tensor | None:
+        """float32 [out], the bias of the merged layer; None where base and adapter have none."""
+        start = base_bias if self.bias is None else self.bias
+        if self.B_bias is None:
+            return None if start is None else start.to(self.B.dtype)
+        shift = self.B_bias * self.scale
+        return shift if start is None else start + shift
+
     def merged(self, weight: Tensor) -> Tensor:
         """float32 [out, in]: the weight plus scale * B A (float64 for a float64 weight)."""
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))

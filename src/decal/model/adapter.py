@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from decal.adapters import BaseLayer
 from decal.adapters.views import Conv1DView
 from decal.config import LoraConfig
 from decal.errors import AdapterError
@@ -86,7 +87,7 @@ class Adapter:
         layers = adapted_layers(model)
         named: dict[str, Any] = {
             "base": getattr(model, "name_or_path", None) or None,
-            "fan_in_fan_out": any(isinstance(layers[module].base, Conv1DView) for module in state),
+            "fan_in_fan_out": any(_transposed(layers[module].base) for module in state),
             "source": name,
         }
         return cls(
@@ -170,6 +171,11 @@ def _folder(path: str | Path, revision: str | None) -> Path:
     if found is None:
         raise AdapterError(f"`{path}` on the hub is a model, not an adapter")
     return found
+
+
+def _transposed(layer: BaseLayer) -> bool:
+    """Whether the base's files hold [in, out]; a quantized layer remembers it."""
+    return isinstance(layer, Conv1DView) or bool(getattr(layer, "transposed_source", False))
 
 
 def _copy(parameter: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ def load_base(
     )
     if labels is not None:
         heads.set_padding(model, tokenizer)
+    model.decal_describe = adapter_of  # the model's own save_pretrained records what we know
     return model, tokenizer
 
 

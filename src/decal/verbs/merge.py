@@ -7,23 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from decal.adapters.base import LowRank
 from decal.errors import AdapterError, ConfigError
 from decal.model import hf, names
 from decal.model.adapter import Adapter
-from decal.model.inject import adapted_layers, adapter_state, detach
 from decal.model.quantizer import quantizable_modules
 from decal.quant import quant_format
 from decal.quant.base import Recipe
 from decal.quant.identity import combine, digest
-from decal.quant.linear import QuantLinear
 from decal.store.base import open_base
 from decal.verbs.load import as_dtype, check_fingerprint, recorded_quant
 from decal.verbs.target import QUANTIZER, base_of, metadata_json, read
-from decal.weights.delta import Deltas, Effect, FileDelta, add_delta
+from decal.weights.delta import Deltas, FileDelta
 from decal.weights.merge import MergeDtype, MergeReport, merge_files
 
 Onto = Literal["trained", "original"]
@@ -182,36 +179,3 @@ def _tied(skeleton: Any, keys: dict[str, str]) -> dict[str, str]:
     """File key of a tied tensor -> file key of the tensor it shares, where the file has one."""
     tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
     return {keys.get(k, k): keys[source] for k, source in tied.items() if source in keys}
-
-
-def merge_in_place(model: Any, name: str = "default") -> None:
-    """Adds one attached adapter to the loaded model's weights and takes all adapters off.
-
-    Sums in float32 and rounds once, as `merge` does on files. A quantized layer becomes an ordinary
-    one in its compute dtype: the sum of its dequantized weight and the delta. A head that shared
-    its weight with the embedding no longer does: the delta is the head's alone.
-
-    Raises:
-        AdapterError: the model has no such adapter.
-        VerificationError: a sum does not fit the layer's dtype.
-    """
-    layers = adapted_layers(model)
-    merged: dict[str, Tensor] = {}
-    for module, parts in adapter_state(model, name).items():
-        base = layers[module].base
-        weight = base.weight().detach()
-        delta = FileDelta(parts, module=module)
-        result = add_delta(module, weight.cpu(), delta, weight.dtype, Effect())
-        merged[module] = result.to(weight.device)
-    detach(model)
-    for module, weight in merged.items():
-        layer = model.get_submodule(module)
-        if isinstance(layer, QuantLinear):
-            plain = layer.to_linear(weight.dtype)
-            plain.weight = nn.Parameter(weight, requires_grad=False)
-            model.set_submodule(module, plain.train(layer.training))
-        else:
-            stored = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
-            hf.untie(model, module)
-            layer.weight = nn.Parameter(stored, requires_grad=layer.weight.requires_grad)
-    hf.forget_quantizer(model)
