@@ -45,6 +45,8 @@ class Tiny:
     """Whether flattened batches give its samples the logits that they have alone."""
     fused: tuple[str, ...] = ()
     """Layers that compute several projections at once, by their last name."""
+    experts: tuple[str, ...] = ()
+    """Modules whose weights have a third dimension: neither adapted nor quantized."""
 
     @property
     def causal(self) -> bool:
@@ -168,12 +170,14 @@ ZOO: dict[str, Tiny] = {
         _decoder(
             tf.Qwen3MoeConfig,
             tied=False,
+            hidden_size=48,  # torch's grouped product wants rows of whole 16 bytes
             num_experts=5,
             num_experts_per_tok=2,
-            moe_intermediate_size=21,
+            moe_intermediate_size=24,
             decoder_sparse_step=1,
             mlp_only_layers=[0],
         ),
+        experts=("experts",),
     ),
     "llama_classify": Tiny(
         tf.LlamaForSequenceClassification,
