@@ -152,6 +152,15 @@ def forward(model: PreTrainedModel, batch: Batch, keep: Tensor | None = None) ->
     return logits[row, torch.searchsorted(columns, keep % width)]
 
 
+def head_rows(batch: Batch, keep: Tensor) -> Tensor:
+    """int64: rows of the flattened batch that reach the head in `forward` with `keep`."""
+    if batch.layout == "flat":
+        return keep
+    n, width = batch.input_ids.shape
+    firsts = torch.arange(n, device=keep.device)[:, None] * width
+    return (firsts + (keep % width).unique()).flatten()
+
+
 def _keeps_logits(model: PreTrainedModel) -> bool:
     return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 

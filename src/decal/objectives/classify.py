@@ -23,7 +23,8 @@ POOLS = True
 
 def trained_positions(batch: Batch) -> Tensor:
     """int64 [n]: every sample. Raises DataError if the batch has no labels."""
-    return torch.arange(len(targets(batch)))
+    labels = targets(batch)
+    return torch.arange(len(labels), device=labels.device)
 
 
 def targets(batch: Batch) -> Tensor:

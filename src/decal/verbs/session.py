@@ -5,33 +5,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from decal.adapters import DropoutKey, Routing, current_routing, routed
-from decal.config import ContinueConfig, FullConfig, RunConfig
+from decal.config import ContinueConfig, FullConfig, LoraConfig, RunConfig
 from decal.data.batch import Batch
-from decal.data.chat import Encoder
 from decal.data.pack import Batches, make_batches
 from decal.data.sample import Sample
-from decal.data.source import read_rows, split_eval
-from decal.data.stats import summarize
 from decal.errors import DataError
 from decal.model import attention, heads, hf, switches
 from decal.model.adapter import Adapter
 from decal.model.inject import adapters_of, attach, trainable_line
 from decal.model.rates import learning_rates
 from decal.model.size import bits_per_weight
+from decal.model.unquantized import left_unquantized
 from decal.objectives import OBJECTIVES
 from decal.train.loop import total_steps
-from decal.verbs.load import check_fingerprint, load_base
+from decal.verbs.load import check_fingerprint, labels_of, load_base
+from decal.verbs.rows import Say, encode, read_run_rows
 from decal.verbs.target import QUANTIZER, metadata_json, read
-
-Say = Callable[[str], None]
 
 ADAPTER = "default"
 
@@ -66,21 +63,24 @@ class Session:
         if self.model.training != learning:
             self.model.train(learning)
         batch = batch.to(self.model.device)
-        with routed(self._routing(batch, epoch)):
-            if objective.POOLS:
+        keep = objective.trained_positions(batch)
+        if objective.POOLS:
+            with routed(self._routing(batch, epoch, keep * batch.input_ids.shape[1])):
                 logits = heads.forward(self.model, batch)
-            else:
-                logits = attention.forward(self.model, batch, objective.trained_positions(batch))
+        else:
+            with routed(self._routing(batch, epoch, attention.head_rows(batch, keep))):
+                logits = attention.forward(self.model, batch, keep)
         return objective.loss(logits, objective.targets(batch)), batch.trained
 
-    def _routing(self, batch: Batch, epoch: int | None) -> Routing | None:
+    def _routing(self, batch: Batch, epoch: int | None, head: Tensor) -> Routing | None:
+        """Adapter and dropout of one pass; `head` are the rows of the batch that reach the head."""
         settings = adapters_of(self.model).get(ADAPTER)
         if settings is None:
             return None
         key = None
         if epoch is not None and settings.lora_dropout > 0:
             ids, positions = batch.sample_ids.flatten(), batch.positions.flatten()
-            key = DropoutKey(self.config.train.seed, epoch, ids, positions)
+            key = DropoutKey(self.config.train.seed, epoch, ids, positions, head)
         return Routing(((ADAPTER, 1.0),), key)
 
     @property
@@ -116,9 +116,9 @@ def prepare(config: RunConfig, say: Say) -> Session:
         BaseModelError, DataError, TargetError, QuantError: what the settings name is not there, or
             would train nothing or the wrong thing.
     """
-    base = config.base
-    rows = read_rows(config.data, seed=config.train.seed)
-    train_rows, eval_rows = split_eval(rows, config.data, config.train.seed)
+    base, asked = config.base, config.adapter
+    going_on = read(asked.from_)[1] if isinstance(asked, ContinueConfig) else None
+    rows = read_run_rows(config, None if going_on is None else labels_of(going_on))
     model, tokenizer = load_base(
         base.path,
         quant=config.quant,
@@ -126,35 +126,30 @@ def prepare(config: RunConfig, say: Say) -> Session:
         device=base.device,
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
+        labels=rows.classes,
     )
     _say_base(model, config, say)
+    encoded = encode(rows, tokenizer, config, say)
+    _refuse_other_vocabulary(model, encoded.train)
+    if encoded.chat_template is not None:
+        tokenizer.chat_template = encoded.chat_template
+        model.decal_base = replace(model.decal_base, chat_template=encoded.chat_template)
 
-    encoder = Encoder(tokenizer, config.data)
-    samples = encoder.encode_all(train_rows.examples, train_rows.source)
-    summary = summarize(samples, dropped=encoder.dropped, notes=encoder.notes)
-    eval_samples = encoder.encode_all(eval_rows.examples, eval_rows.source)
-    _refuse_other_vocabulary(model, samples)
-    counts = f"{len(samples):,} to train, {len(eval_samples):,} to evaluate"
-    say(f"data: {rows.source} ({rows.layout}), {counts}")
-    for line in summary.lines():
-        say(f"  {line}")
-    if rows.ignored:
-        say(f"  columns not used: {', '.join(rows.ignored)}")
-
-    _make_trainable(model, config, say)
+    _make_trainable(model, config, going_on, say)
     say(trainable_line(model))
 
-    flat = attention.flattens(model)
-    if not flat:
+    pools = OBJECTIVES[config.objective].POOLS
+    flat = not pools and attention.flattens(model)
+    if not flat and not pools:
         say("flattened batches change this model's logits, so padded ones are used")
     return Session(
         config=config,
         model=model,
         tokenizer=tokenizer,
-        samples=samples,
-        batches=_batches(config, samples, flat),
+        samples=encoded.train,
+        batches=_batches(config, encoded.train, flat),
         eval_batches=make_batches(
-            eval_samples, config.train.micro_batch_tokens, layout="flat" if flat else "padded"
+            encoded.eval, config.train.micro_batch_tokens, layout="flat" if flat else "padded"
         ),
         flat=flat,
         rates=learning_rates(
@@ -165,7 +160,7 @@ def prepare(config: RunConfig, say: Say) -> Session:
     )
 
 
-def _make_trainable(model: Any, config: RunConfig, say: Say) -> None:
+def _make_trainable(model: Any, config: RunConfig, going_on: Adapter | None, say: Say) -> None:
     """Attaches the adapter that the settings ask for, or frees every weight."""
     asked = config.adapter
     heads.start(model, model.decal_base.new, config.train.seed)
@@ -173,10 +168,11 @@ def _make_trainable(model: Any, config: RunConfig, say: Say) -> None:
         model.requires_grad_(True)
         say("full fine-tuning: every weight is trained")
         return
-    new = heads.new_modules(model.decal_base.new, model.base_model_prefix)
-    if isinstance(asked, ContinueConfig):
-        table = attach(model, _adapter_to_go_on(model, asked.from_, config, say), ADAPTER)
-    else:
+    if going_on is not None:
+        _check_same_base(model, going_on, config, say)
+        table = attach(model, going_on, ADAPTER)
+    elif isinstance(asked, LoraConfig):
+        new = heads.new_modules(model.decal_base.new, model.base_model_prefix)
         whole = tuple(dict.fromkeys((*asked.modules_to_save, *new)))
         lora = asked.model_copy(update={"modules_to_save": whole})
         table = attach(model, lora, ADAPTER, seed=config.train.seed)
@@ -184,21 +180,15 @@ def _make_trainable(model: Any, config: RunConfig, say: Say) -> None:
         say(line)
 
 
-def _adapter_to_go_on(model: Any, path: str, config: RunConfig, say: Say) -> Adapter:
-    """The adapter at `path`, if it was trained on this base.
-
-    Raises:
-        AdapterError: it was trained on other weights.
-    """
-    adapter = read(path)[1]
+def _check_same_base(model: Any, adapter: Adapter, config: RunConfig, say: Say) -> None:
+    """An adapter to go on with must have been trained on this base; raises AdapterError."""
     base = config.base
     check_fingerprint(adapter, base.path, model.decal_base.commit or base.revision)
     recorded = metadata_json(adapter, QUANTIZER) or {}
     if recorded.get("identity") != hf.quantizer_identity(model):
         before = recorded.get("format", "none")
         say(f"note: the adapter was trained on quant {before}, now it is {config.quant.format}")
-    say(f"going on with adapter {path}")
-    return adapter
+    say(f"going on with adapter {adapter.source}")
 
 
 def _batches(config: RunConfig, samples: list[Sample], flat: bool) -> Batches:
@@ -220,6 +210,8 @@ def _say_base(model: Any, config: RunConfig, say: Say) -> None:
         f" {bits_per_weight(model):.2f} bits per weight, computes in {config.base.dtype}"
         f" on {model.device}"
     )
+    for line in left_unquantized(model):
+        say(f"  {line}")
 
 
 def _refuse_other_vocabulary(model: Any, samples: list[Sample]) -> None:
