@@ -17,11 +17,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from decal.config import QuantConfig
 from decal.errors import DecalError, QuantError
 from decal.model import hf
 from decal.model.quantizer import quantizable_modules
 from decal.quant.base import Recipe
 from decal.quant.linear import QuantLinear
+from decal.verbs.quantize import dequantize, quantize
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytestmark = [
@@ -83,9 +85,10 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def theirs(path: Path, **settings: Any) -> Any:
     """What transformers and bitsandbytes load from `path`, quantizing it if asked."""
-    config = BitsAndBytesConfig(**settings) if settings else None
+    # None would be taken for "not quantized", whatever the folder says.
+    asked = {"quantization_config": BitsAndBytesConfig(**settings)} if settings else {}
     return AutoModelForCausalLM.from_pretrained(
-        path, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
+        path, dtype=torch.bfloat16, device_map="cpu", **asked
     )
 
 
@@ -169,6 +172,41 @@ def test_quantizing_a_model_is_the_same_as_theirs(folder: Path, way: str) -> Non
     assert len(quantizable_modules(ours)) == len(
         [m for m in ours.modules() if isinstance(m, QuantLinear)]
     )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_our_folder_is_loaded_by_them(folder: Path, way: str, tmp_path: Path) -> None:
+    """`quantize` writes what transformers + bitsandbytes load, to the bit; ours reads it too, and
+    its identity is that of quantizing while loading. Fails if a key, the JSON or the config is not
+    theirs, or a weight is stored in the orientation of the plain file."""
+    recipe = RECIPES[way]
+    quant = QuantConfig(format=recipe.format, double=recipe.double)
+    quantize(folder, tmp_path / "q", quant)
+    other = theirs(tmp_path / "q")
+    ours = hf.load_model(str(tmp_path / "q"))
+    compare(ours, other)
+    loaded = hf.load_model(str(folder), recipe=recipe)
+    assert hf.quantizer_identity(ours) == hf.quantizer_identity(loaded)
+    ids = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        a, b = ours(input_ids=ids).logits.float(), other(input_ids=ids).logits.float()
+    assert (a - b).norm() <= 0.03 * b.norm()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_their_folder_is_dequantized(folder: Path, way: str, tmp_path: Path) -> None:
+    """The plain folder holds their dequantized weights to the bit. Fails if GPT-2's weights stay
+    [out, in], or the config still says quantized."""
+    model = theirs(folder, **WAYS[way])
+    model.save_pretrained(tmp_path / "q")
+    dequantize(tmp_path / "q", tmp_path / "plain")
+    plain = theirs(tmp_path / "plain")
+    for name, module in plain.named_modules():
+        other = model.get_submodule(name)
+        if isinstance(other, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            weight = module.weight.T if type(module).__name__ == "Conv1D" else module.weight
+            assert torch.equal(weight, their_weight(other)), name
+    assert torch.equal(plain.lm_head.weight, model.lm_head.weight)
 
 
 def test_a_folder_of_another_tool_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -101,5 +101,7 @@ def left_unquantized(model: nn.Module) -> list[str]:
     if left <= MUCH * total:
         return []
     largest = sorted(held.items(), key=lambda item: -item[1])[:3]
-    parts = ", ".join(f"{name} {100 * size / total:.0f} %" for name, size in largest)
+    parts = ", ".join(
+        f"{name} {100 * size / total:.0f} %" for name, size in largest if size >= total / 100
+    )
     return [f"not quantized: {100 * left / total:.0f} % of the parameters ({parts})"]

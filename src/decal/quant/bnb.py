@@ -172,6 +172,12 @@ def from_bnb(name: str, tensors: Mapping[str, Tensor]) -> Packed:
     return packed
 
 
+def stored_shape(name: str, state: Tensor) -> tuple[int, int]:
+    """[out, in] of a 4-bit weight, from the JSON beside it. Raises QuantError."""
+    rows, columns = _state(f"{name}.weight", state)["shape"]
+    return int(rows), int(columns)
+
+
 def _from_int8(name: str, tensors: Mapping[str, Tensor]) -> Packed:
     codes, scales = tensors.get(f"{name}.weight"), tensors[f"{name}.SCB"]
     layout = tensors.get(f"{name}.weight_format")
