@@ -23,7 +23,21 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from decal import __version__
-from decal.cli import compare, console, diff, env, generate, init, inspect, merge, quickstart, train
+from decal.cli import (
+    compare,
+    console,
+    dequantize,
+    diff,
+    env,
+    generate,
+    init,
+    inspect,
+    merge,
+    push,
+    quantize,
+    quickstart,
+    train,
+)
 from decal.errors import DecalError, Interrupted, nearest
 
 __all__ = ["main"]
@@ -59,7 +73,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for module in (quickstart, init, train, generate, compare, inspect, diff, merge, env):
+for module in (
+    quickstart,
+    init,
+    train,
+    generate,
+    compare,
+    inspect,
+    diff,
+    merge,
+    push,
+    quantize,
+    dequantize,
+    env,
+):
     # A module's docstring begins `decal NAME: what it is for`; that is its line in the list.
     summary = (module.__doc__ or "").partition(": ")[2].partition("\n")[0].rstrip(".")
     function = getattr(module, module.__name__.rsplit(".", 1)[1])
