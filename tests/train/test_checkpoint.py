@@ -53,7 +53,7 @@ def assert_same_end(one: RunFolder, other: RunFolder) -> None:
             left, right = a.tensors(stem), b.tensors(stem)
             assert set(left) == set(right)
             assert all(torch.equal(left[name], right[name]) for name in left)
-        for key in ("step", "best", "scaler", "rng", "tokens", "trained_tokens", "settings"):
+        for key in a.state.keys() - {"seconds", "step_seconds"}:
             assert a.state[key] == b.state[key], key
 
 
@@ -137,16 +137,124 @@ def test_the_best_weights_survive_a_resume(tmp_path: Path) -> None:
     assert all(torch.equal(best[name], p) for name, p in second.parameters.items())
 
 
+@pytest.mark.parametrize("stop", [5, 8])
+def test_rates_and_inverse_sqrt_survive_a_resume(tmp_path: Path, stop: int) -> None:
+    """LoRA+ and a pattern's factor: groups of their own, and state that finds its tensors.
+
+    Mutation: load the state by place, or forget the factor of a loaded group.
+    """
+    changes: dict[str, Any] = {"schedule": "inverse-sqrt", "save_every": 3}
+    changes["rates"] = {"head.lora_B": 16.0, "head.bias": 0.5}
+    with RunFolder.create(tmp_path / "straight", "tiny\n") as whole:
+        train(job(whole, TinyModel(noise=0.1), **changes))
+        path = tmp_path / "stopped"
+        with RunFolder.create(path, "tiny\n") as run, pytest.raises(CrashError):
+            train(job(run, TinyModel(noise=0.1), observe=halting(stop), **changes))
+        with RunFolder.open(path) as run:
+            train(job(run, TinyModel(noise=0.1), resume=True, **changes))
+            assert_same_end(whole, run)
+    plain = MemoryRun()
+    train(job(plain, TinyModel(noise=0.1), **{**changes, "rates": {}}))
+    assert plain.column("loss") != [row["loss"] for row in whole.metrics() if "loss" in row]
+
+
+@pytest.mark.parametrize("stop", [7, 9, 10])
+def test_early_stopping_counts_across_a_resume(tmp_path: Path, stop: int) -> None:
+    """Evaluations at 2, 4, …; the best at 4, patience 4: over at step 12 of 20, stopped or not.
+
+    Mutation: count from zero after a resume (it then ends at step 16 or later).
+    """
+    values = {2: 5.0, 4: 1.0, 6: 4.0, 8: 3.0, 10: 2.5, 12: 2.0, 14: 3.0, 16: 3.0, 18: 3.0, 20: 3.0}
+    changes: dict[str, Any] = {"eval_every": 2, "eval_batches": [flat([100])], "max_steps": 20}
+    changes |= {"steps": TinySteps(cuts=1), "early_stopping": 4}
+
+    def losses(model: TinyModel, done: int) -> Any:
+        def loss(batch: Batch, epoch: int | None) -> Any:
+            nonlocal done
+            if epoch is None:
+                return torch.tensor(values[done]), 1
+            done += 1
+            return model.loss(batch, epoch)
+
+        return loss
+
+    with RunFolder.create(tmp_path / "straight", "tiny\n") as whole:
+        model = TinyModel()
+        straight = train(job(whole, model, loss=losses(model, 0), **changes))
+        path, model = tmp_path / "stopped", TinyModel()
+        with RunFolder.create(path, "tiny\n") as run, pytest.raises(CrashError):
+            train(job(run, model, loss=losses(model, 0), observe=halting(stop), **changes))
+        with RunFolder.open(path) as run:
+            model, start = TinyModel(), run.steps()[-1]
+            result = train(job(run, model, loss=losses(model, start), resume=True, **changes))
+            assert_same_end(whole, run)
+            assert (result.steps, result.kept_step) == (straight.steps, 4) == (12, 4)
+            assert result.stopped == straight.stopped
+            notes: list[Event] = []
+            model = TinyModel()
+            again = train(job(run, model, loss=None, resume=True, observe=notes.append, **changes))
+            assert again.stopped == straight.stopped
+            assert [n.text for n in notes if isinstance(n, Note)] == [
+                "the run is finished after 12 of 20 steps: nothing is trained",
+                straight.stopped,
+            ]
+
+
+def test_which_tensors_were_heard_survives_a_resume() -> None:
+    """All were heard before the crash; the second sitting has one step, in which B is silent.
+
+    Mutation: begin to listen anew: the end of the run warns of a tensor that was trained.
+    """
+    run, events = MemoryRun(), []
+    changes: dict[str, Any] = {"save_every": 11, "eval_every": 50, "eval_batches": []}
+    with pytest.raises(CrashError):
+        train(job(run, **changes, observe=halting(12)))
+    model = TinyModel()
+
+    def loss(batch: Batch, epoch: int | None) -> Any:
+        total, count = model.loss(batch, None)
+        return 0.0 * total + model.parameters["head.bias"].sum(), count
+
+    train(job(run, model, loss=loss, resume=True, observe=events.append, **changes))
+    assert not [e for e in events if isinstance(e, Note)]
+
+
+@pytest.mark.parametrize(("left", "lost"), [(0, 12), (5, 8)])
+def test_lost_metrics_are_said_and_do_not_stop_a_resume(
+    tmp_path: Path, left: int, lost: int
+) -> None:
+    """A finished run whose metrics.jsonl has only the last rows (four steps, one evaluation).
+
+    Mutation: take the last loss from the curve (IndexError), or say nothing.
+    """
+    path = tmp_path / "run"
+    with RunFolder.create(path, "tiny\n") as run:
+        first = train(job(run))
+        rows = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
+        (path / "metrics.jsonl").write_text("".join(rows[len(rows) - left :]))
+        notes: list[Event] = []
+        result = train(job(run, resume=True, observe=notes.append))
+    assert len(result.curve) == 12 - lost
+    assert (result.loss, result.eval_loss) == (first.loss, first.eval_loss)
+    texts = [n.text for n in notes if isinstance(n, Note) and n.warning]
+    assert texts == [f"metrics.jsonl lacks {lost} of the 12 steps: the curves have a gap"]
+
+
 def test_resuming_a_finished_run_only_fetches_its_weights(tmp_path: Path) -> None:
-    """Mutation: train a step more, or return the starting values."""
+    """Mutation: train a step more, return the starting values, or say nothing."""
+    notes: list[Event] = []
     with RunFolder.create(tmp_path / "run", "tiny\n") as run:
         first = train(job(run))
         before = run.metrics()
-        model = TinyModel()
-        again = train(job(run, model, resume=True))
-        assert run.metrics() == before
+        for _ in range(2):
+            model = TinyModel()
+            again = train(job(run, model, resume=True, observe=notes.append))
+            assert run.metrics() == before
         kept = run.checkpoint(again.kept_step).tensors("trainable")
+    text = "the run is finished after 12 of 12 steps: nothing is trained"
+    assert [(n.text, n.warning) for n in notes if isinstance(n, Note)] == [(text, False)] * 2
     assert again.curve == first.curve
+    assert (again.loss, again.eval_loss) == (first.loss, first.eval_loss)
     assert all(torch.equal(kept[name], p) for name, p in model.parameters.items())
 
 

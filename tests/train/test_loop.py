@@ -98,6 +98,40 @@ def test_length_of_a_run() -> None:
     assert total_steps(10, free.model_copy(update={"epochs": 0.3})) == 3
 
 
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "per_epoch", "total"),
+    [
+        (0.07, None, 100, 7),  # 0.07 * 100 is 7.000000000000001
+        (1 / 3, None, 3, 1),
+        (1e-9, None, 5, 1),
+        (2.0001, None, 5, 11),
+        (3, None, 1, 3),
+        (0.5, None, 1, 1),
+        (0.5, 1000, 10, 1000),  # max_steps goes beyond the epochs
+        (50.0, 1, 10, 1),  # and stops short of them
+    ],
+)
+def test_parts_of_epochs_and_max_steps(
+    epochs: float, max_steps: int | None, per_epoch: int, total: int
+) -> None:
+    """Fails when the product is not rounded before it is rounded up, or when fewer steps win."""
+    settings = job(MemoryRun(), epochs=epochs, max_steps=max_steps).settings
+    assert total_steps(per_epoch, settings) == total
+
+
+def test_a_run_ends_in_the_middle_of_an_epoch() -> None:
+    """1.5 epochs of 3 steps: 5 steps, the last in epoch 1; the schedule ends there too.
+
+    Fails when whole epochs are run, or when the schedule is that of whole epochs.
+    """
+    run = MemoryRun()
+    this = job(run, epochs=1.5, max_steps=None, eval_every=50)
+    train(this)
+    assert run.column("epoch") == [0, 0, 0, 1, 1]
+    assert run.column("lr") == pytest.approx([lr_at(k, 5, this.settings) for k in range(5)])
+    assert [line["step"] for line in run.lines if "eval_loss" in line] == [5]
+
+
 def breaking(row: int, value: float, model: TinyModel) -> Callable[..., tuple[Tensor, int]]:
     """The model's loss, times `value` where `row` is in the micro-batch."""
 
@@ -161,7 +195,7 @@ def test_gradients_that_are_not_finite_stop_and_are_named() -> None:
 def test_with_loss_scaling_an_overflow_is_a_skipped_step() -> None:
     """Step 1 overflows float32 at a scale of 2^16, step 2 does not; the run goes on.
 
-    Mutation: treat it as an error, or write Infinity into the metrics.
+    Mutation: treat it as an error, write Infinity into the metrics, or do not count it.
     """
     model, run, calls = TinyModel(), MemoryRun(), [0]
 
@@ -171,10 +205,14 @@ def test_with_loss_scaling_an_overflow_is_a_skipped_step() -> None:
         factor = 1e36 if calls[0] == 1 else 1.0
         return total * factor, count
 
-    train(job(run, model, loss=loss, scale_loss=True))
+    events: list[Event] = []
+    result = train(job(run, model, loss=loss, scale_loss=True, observe=events.append))
     norms = run.column("grad_norm")
     assert norms[0] is None
     assert None not in norms[1:]
+    assert run.column("skipped") == [1] * 12
+    assert [e.skipped for e in events if isinstance(e, StepDone)] == [1] * 12
+    assert result.skipped == 1
     assert run.kept[12].state["scaler"]["scale"] == 2.0**15
 
 
@@ -183,13 +221,94 @@ def test_every_tensor_must_have_had_a_gradient() -> None:
 
     Mutation: drop the check, or check in step 1 (A has none there, and the run must pass).
     """
-    train(job(MemoryRun(), TinyModel()))
+    events: list[Event] = []
+    train(job(MemoryRun(), TinyModel(), observe=events.append))
+    assert not [e for e in events if isinstance(e, Note)]
     model, run = TinyModel(), MemoryRun()
     model_parameters = {**model.parameters, "tail.lora_A": Parameter(torch.ones(2, 3))}
     with pytest.raises(TrainingError, match="1 of 4 trainable tensors") as caught:
         train(job(run, model, parameters=model_parameters))
     assert caught.value.details == ("tail.lora_A",)
     assert run.kept == {}
+
+
+def with_experts(model: TinyModel, heard: Callable[[int], set[int]]) -> Any:
+    """The model's loss plus experts 0 to 2; `heard` says which of them act in a micro-batch."""
+    experts = {f"layers.0.experts.{i}.lora_A": Parameter(torch.ones(2)) for i in range(3)}
+    calls = [0]
+
+    def loss(batch: Batch, epoch: int | None) -> tuple[Tensor, int]:
+        total, count = model.loss(batch, epoch)
+        if epoch is not None:
+            calls[0] += 1
+            for i in heard(calls[0]):
+                total = total + 0.01 * experts[f"layers.0.experts.{i}.lora_A"].square().sum()
+        return total, count
+
+    return loss, {**model.parameters, **experts}
+
+
+def warnings_of(events: list[Event]) -> list[str]:
+    return [e.text for e in events if isinstance(e, Note) and e.warning]
+
+
+def test_an_expert_without_tokens_is_a_warning() -> None:
+    """Expert 2 acts in step 23 first, expert 1 never; both have a sibling that acts at once.
+
+    Fails when every silent tensor is an error, or when what stayed silent is not said.
+    """
+    model, events = TinyModel(), []
+    heard = lambda call: {0, 2} if call > 44 else {0}  # noqa: E731
+    loss, parameters = with_experts(model, heard)
+    train(job(MemoryRun(), model, loss=loss, parameters=parameters, max_steps=24,
+              observe=events.append))  # fmt: skip
+    first, last = warnings_of(events)
+    names = "layers.0.experts.1.lora_A, layers.0.experts.2.lora_A"
+    assert first == (
+        "2 of 6 trainable tensors had no gradient in the first 20 updates, "
+        f"others of their kind had one: {names}"
+    )
+    assert last.startswith("1 of 6 trainable tensors had no gradient in the whole run")
+    assert last.endswith("layers.0.experts.1.lora_A")
+
+
+def test_a_kind_that_autograd_does_not_reach_is_an_error_at_once() -> None:
+    """No expert acts. Fails when siblings excuse each other though all are silent."""
+    model, run = TinyModel(), MemoryRun()
+    loss, parameters = with_experts(model, lambda call: set())
+    with pytest.raises(TrainingError, match="3 of 6 trainable tensors had no gradient in the f"):
+        train(job(run, model, loss=loss, parameters=parameters, eval_every=9))
+    assert run.column("step") == [1]
+
+
+def test_a_kind_that_gets_zeros_only_is_an_error_later() -> None:
+    """Reached, but times zero: float16 does that for a while. Fails at step 2, or never."""
+    model, run = TinyModel(), MemoryRun()
+    dead = Parameter(torch.ones(2))
+
+    def loss(batch: Batch, epoch: int | None) -> tuple[Tensor, int]:
+        total, count = model.loss(batch, epoch)
+        return total + 0.0 * dead.sum(), count
+
+    parameters = {**model.parameters, "tail.lora_A": dead}
+    with pytest.raises(TrainingError, match=r"1 of 4 trainable tensors .* first 20 updates"):
+        train(job(run, model, loss=loss, parameters=parameters, max_steps=30))
+    assert run.column("step")[-1] == 19
+    events: list[Event] = []
+    train(job(MemoryRun(), model, loss=loss, parameters=parameters, observe=events.append))
+    assert warnings_of(events)[-1].endswith("tail.lora_A")
+
+
+def test_gradients_that_are_all_zero_are_an_error_at_once() -> None:
+    """Reached but zero, all of them. Fails when that waits for update 20."""
+    model, run = TinyModel(), MemoryRun()
+
+    def loss(batch: Batch, epoch: int | None) -> tuple[Tensor, int]:
+        total, count = model.loss(batch, epoch)
+        return total * 0.0 + 1.0, count
+
+    with pytest.raises(TrainingError, match=r"3 of 3 .* first 2 updates"):
+        train(job(run, model, loss=loss))
 
 
 def test_nothing_to_train_is_an_error() -> None:
@@ -253,6 +372,45 @@ def test_the_weights_that_are_asked_for_are_kept(keep: str, kept: int) -> None:
     assert run.kept[12].state["best"] == {"step": 6, "loss": 1.0}
     for name, parameter in model.parameters.items():
         assert torch.equal(parameter, run.kept[kept].files["trainable"][name])
+
+
+def test_early_stopping_ends_the_run_and_says_why() -> None:
+    """Lowest at step 4; equal is not lower; patience 2 ends at step 8, between two checkpoints.
+
+    Fails when a tie counts as better, when a better one does not start the count again, or when no
+    checkpoint is written at the end.
+    """
+    model, run, events = TinyModel(), MemoryRun(), []
+    loss = with_eval_losses(model, [8.0, 6.0, 6.0, 6.5, 1.0])
+    changes = {"eval_every": 2, "save_every": 50, "eval_batches": [flat([100])]}
+    result = train(job(run, model, loss=loss, early_stopping=2, observe=events.append, **changes))
+    why = (
+        "stopped early after step 8 of 12: in 2 evaluations the loss has not fallen below 3.0000 "
+        "(step 4)"
+    )
+    assert result.stopped == why
+    assert (result.steps, result.kept_step, result.best_step, result.eval_loss) == (8, 4, 4, 3.25)
+    assert [e.text for e in events if isinstance(e, Note)] == [why]
+    assert {e.total for e in events if isinstance(e, StepDone)} == {12}
+    assert sorted(run.kept) == [2, 4, 8]
+    assert run.kept[8].state["stale"] == 2
+    for name, parameter in model.parameters.items():
+        assert torch.equal(parameter, run.kept[4].files["trainable"][name])
+
+
+def test_a_run_that_runs_out_of_steps_and_patience_did_not_stop_early() -> None:
+    """The last evaluation is the one too many. Fails when a full run is called stopped."""
+    model = TinyModel()
+    loss = with_eval_losses(model, [2.0, 4.0, 6.0])
+    changes = {"early_stopping": 2, "eval_batches": [flat([100])]}
+    result = train(job(MemoryRun(), model, loss=loss, **changes))
+    assert (result.steps, result.stopped) == (12, None)
+
+
+def test_early_stopping_without_evaluation_is_an_error() -> None:
+    """Fails when the run goes on and never stops."""
+    with pytest.raises(TrainingError, match="nothing to evaluate on"):
+        train(job(MemoryRun(), early_stopping=1, eval_batches=[]))
 
 
 def test_evaluation_is_per_token_over_all_batches() -> None:

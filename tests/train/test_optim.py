@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -47,6 +48,42 @@ def test_schedule_values() -> None:
     assert min(cosine + linear) > 0
 
 
+def test_inverse_sqrt_goes_on_from_the_rise() -> None:
+    """lr * sqrt((w + 1) / (step + 1)) after w = 20 steps of warm-up, by hand.
+
+    Fails when the root is dropped, or when T = w breaks the curve at the peak.
+    """
+    settings = config(warmup=0.2, schedule="inverse-sqrt")
+    rates = [lr_at(step, 100, settings) for step in range(100)]
+    assert rates[:20] == pytest.approx([0.5 * (k + 1) / 21 for k in range(20)], rel=1e-12)
+    assert rates[20] == 0.5
+    assert rates[83] == pytest.approx(0.5 * 0.5, rel=1e-12)
+    assert max(rates) == rates[20]
+    fall = [a - b for a, b in itertools.pairwise(rates[20:])]
+    assert max(fall) < rates[1] - rates[0]
+
+
+@pytest.mark.parametrize("total", [1, 3, 1000])
+def test_inverse_sqrt_without_warmup_starts_at_the_peak_and_falls_gently(total: int) -> None:
+    """Of 1000 steps the usual 3 % are 30: sqrt(31 / (31 + step)). Fails with T = 1."""
+    rates = [lr_at(k, total, config(warmup=0.0, schedule="inverse-sqrt")) for k in range(total)]
+    assert rates[0] == 0.5
+    assert rates == sorted(rates, reverse=True)
+    if total == 1000:
+        assert rates[93] == pytest.approx(0.25, rel=1e-12)
+
+
+def test_every_schedule_stays_within_the_peak() -> None:
+    """Runs of 1 to 9 steps, any warm-up. Fails on a division by zero or a rate above the peak."""
+    for name in ("cosine", "linear", "constant", "inverse-sqrt"):
+        for total in range(1, 10):
+            for share in (0.0, 0.03, 0.5, 0.99):
+                settings = config(warmup=share, schedule=name)
+                rates = [lr_at(step, total, settings) for step in range(total)]
+                assert all(0 < rate <= 0.5 for rate in rates), (name, total, share)
+                assert rates[warmup_steps(total, share)] == 0.5
+
+
 def steps_of(optimizer: Optimizer, gradients: list[torch.Tensor], lr: float) -> None:
     """One update per gradient of the sum p * g."""
     (parameter,) = optimizer.parameters.values()
@@ -85,6 +122,55 @@ def test_biases_are_not_decayed() -> None:
     optimizer.update(0.1, optimizer.gradient_norm())
     gap = (vector.detach() - matrix.detach()[0]).tolist()
     assert gap == pytest.approx([0.1 * 0.5 * 2.0] * 3, rel=1e-9)
+
+
+def test_a_rate_of_its_own_scales_the_step_and_not_the_decay() -> None:
+    """Adam's first step is lr * rate whatever the gradient; the decay is lr * weight_decay for all.
+
+    Fails when the factor is dropped, is not applied to later rates, or decays the tensor too.
+    """
+    names = ("slow", "fast", "plain")
+    tensors = {n: Parameter(torch.full((1, 3), 2.0, dtype=torch.float64)) for n in names}
+    optimizer = Optimizer(tensors, config(weight_decay=0.5), rates={"slow": 0.25, "fast": 16.0})
+    for lr, gradient in ((0.1, 0.7), (0.01, 0.7)):
+        before = {n: t.detach().clone() for n, t in tensors.items()}
+        optimizer.backward(sum(t.sum() for t in tensors.values()) * gradient)
+        optimizer.update(lr, optimizer.gradient_norm())
+        for name, rate in (("slow", 0.25), ("fast", 16.0), ("plain", 1.0)):
+            moved = (before[name] * (1 - lr * 0.5) - tensors[name].detach())[0].tolist()
+            assert moved == pytest.approx([lr * rate] * 3, rel=1e-7), name
+
+
+def test_state_with_rates_goes_out_and_in_to_the_bit() -> None:
+    """Names, not places in a group, decide; the second optimizer has its groups in another order.
+
+    Fails when state is loaded by position, or a loaded group forgets its factor.
+    """
+    gradients = [torch.randn(2, 5) for _ in range(4)]
+    rates = {"a.B": 16.0, "b.A": 0.5}
+
+    def made(values: list[torch.Tensor], order: list[str]) -> Optimizer:
+        named = dict(zip(["a.A", "a.B", "b.A"], values, strict=True))
+        parameters = {name: Parameter(named[name].clone()) for name in order}
+        return Optimizer(parameters, config(weight_decay=0.1), rates=rates)
+
+    def learn(optimizer: Optimizer, some: list[torch.Tensor]) -> None:
+        for k, g in enumerate(some):
+            parts = enumerate(optimizer.parameters.items(), 1)
+            loss = sum((p * g).sum() * len(name) * (ord(name[0]) - 90) for _, (name, p) in parts)
+            optimizer.backward(loss)
+            optimizer.update(0.01 / (k + 1), optimizer.gradient_norm())
+
+    start = [torch.ones(2, 5), torch.zeros(2, 5), torch.full((2, 5), 0.3)]
+    straight = made(start, ["a.A", "a.B", "b.A"])
+    learn(straight, gradients[:2])
+    saved = {k: v.clone() for k, v in straight.tensors().items()}
+    values = [straight.parameters[n].detach() for n in ("a.A", "a.B", "b.A")]
+    resumed = made(values, ["b.A", "a.B", "a.A"])
+    resumed.load(saved, {})
+    for optimizer in (straight, resumed):
+        learn(optimizer, gradients[2:])
+    assert all(torch.equal(p, resumed.parameters[n]) for n, p in straight.parameters.items())
 
 
 def test_clipping_scales_all_gradients_by_one_factor() -> None:
