@@ -108,7 +108,8 @@ def settle(model: PreTrainedModel, report: dict[str, Any], same_labels: bool) ->
         new |= {name for name, _ in model.named_parameters() if not name.startswith(inside)}
     report["missing_keys"] = set(report["missing_keys"]) - new
     report["mismatched_keys"] = {m for m in report["mismatched_keys"] if m[0] not in new}
-    report["unexpected_keys"] = {k for k in report["unexpected_keys"] if k.startswith(inside)}
+    left = report["unexpected_keys"]
+    report["unexpected_keys"] = {k for k in left if k.startswith(inside) and not _pooled(k)}
     start(model, new, seed=0)
     return tuple(name for name, _ in model.named_parameters() if name in new)
 
