@@ -212,3 +212,52 @@ def test_split_by_nothing_and_of_one_row() -> None:
     assert split(2, None) == (examples(2), [])
     with pytest.raises(DataError, match="1 row cannot be split"):
         split(1, 0.5)
+
+
+def test_split_by_file(tmp_path: Path) -> None:
+    """The evaluation file has the same settings, and errors that name it. Mutations: name the
+    training file; read it with the default settings."""
+    row = {"q": "a", "a": "b"}
+    columns = {"prompt": "{q}", "completion": "{a}"}
+    path = write(tmp_path, row, row, name="eval.jsonl")
+    settings = DataConfig(path=write(tmp_path, row), columns=columns, eval=path, limit=1)
+    rows = read_rows(settings)
+    train, held_out = split_eval(rows, settings)
+    assert train is rows
+    assert held_out.examples == [Example(row=1, prompt="a", completion="b")]
+    assert held_out.source == path
+    broken = write(tmp_path, row, {"q": "a", "a": None}, name="broken.jsonl")
+    settings = settings.model_copy(update={"eval": broken, "limit": None})
+    with pytest.raises(DataError, match=r"1 of 2 rows of `.*broken\.jsonl`"):
+        split_eval(rows, settings)
+
+
+def test_evaluation_rows_have_the_layout_of_the_training_rows(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "a"}, name="eval.jsonl")
+    settings = DataConfig(path=write(tmp_path, {"messages": CHAT}), eval=path)
+    with pytest.raises(DataError, match=r"`.*eval\.jsonl` has not the layout messages"):
+        split_eval(read_rows(settings), settings)
+
+
+def test_shuffle_comes_before_limit(tmp_path: Path) -> None:
+    """Rows keep their numbers. Mutations: limit first; the same order for every seed."""
+    lines = [{"text": str(i)} for i in range(1, 31)]
+    settings = DataConfig(path=write(tmp_path, *lines), shuffle=True, limit=5)
+    chosen = [read_rows(settings, seed=seed).examples for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert any(example.row > 5 for example in chosen[0])
+    assert all(example.row == int(example.text or 0) for example in chosen[0])
+
+
+@pytest.mark.parametrize(("setting", "value"), [("split", "test"), ("name", "x")])
+def test_settings_of_data_sets_on_a_file(tmp_path: Path, setting: str, value: str) -> None:
+    """Mutation: ignore them."""
+    path = write(tmp_path, {"text": "a"})
+    with pytest.raises(DataError, match=f"`data.{setting}` is {value}, but .* is a file"):
+        read(path, **{setting: value})
+
+
+def test_name_without_owner(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no file `imdb`") as caught:
+        read("imdb")
+    assert caught.value.hint == "a hub data set is named owner/name"

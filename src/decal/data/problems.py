@@ -107,7 +107,8 @@ def each_row(
     if error := problems.error(total):
         raise error
     if total and len(dropped) == total:
+        rows = f"all {total:,} rows of `{source}` are" if total > 1 else f"the row of `{source}` is"
         raise DataError(
-            f"all {total:,} rows of `{source}` are longer than `data.max_length` and dropped",
+            f"{rows} longer than `data.max_length` and dropped",
             hint="raise `data.max_length`, or set `data.overflow: truncate`",
         )

@@ -142,8 +142,8 @@ def _split_file(folder: Path, split: str) -> Path | None:
         and suffix_of(entry).removesuffix(".gz") in READERS
         and entry.name.removesuffix(suffix_of(entry)).lower() == split.lower()
     ]
-    other = any(entry.is_dir() for entry in folder.iterdir())
-    return found[0] if len(found) == 1 and not other else None
+
+    return found[0] if len(found) == 1 else None
 
 
 def _file_rows(path: Path) -> Iterator[RawRow]:
@@ -157,6 +157,8 @@ def _neighbour(path: Path) -> str | None:
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder `{folder}` either"
+    if not path.suffix and path.name == str(path):
+        return "a hub data set is named owner/name"
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
     near = nearest(path.name, names)
     if near is None:
