@@ -91,6 +91,35 @@ def test_merge(verb: Any, paths: list[str], base: str | None) -> None:
     assert called.kwargs == {"dtype": "fp32", "onto": "original", "force": False}
 
 
+def test_quantize(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when an option is dropped, or --no-double turns double quantization on."""
+    called = verb("quantize", Summary())
+    args = ["quantize", "m", "-o", "q", "--format", "fp4", "--block-size", "128", "--no-double"]
+    assert main([*args, "--skip", "mlp", "--skip", "h.0", "--dtype", "fp16", "--force"]) == 0
+    model, out, quant = called.args
+    assert (model, out) == ("m", Path("q"))
+    assert quant.model_dump() == {
+        "format": "fp4",
+        "block_size": 128,
+        "double": False,
+        "skip_modules": ("mlp", "h.0"),
+    }
+    assert callable(called.kwargs.pop("observe"))
+    assert called.kwargs == {"dtype": "fp16", "force": True}
+    assert main(["quantize", "m", "-o", "q", "--block-size", "48"]) == 2
+    assert "block_size" in capsys.readouterr().err
+
+
+def test_dequantize(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails when an option is dropped, or quantize is called instead."""
+    called = Recorder(Summary())
+    monkeypatch.setattr("decal.verbs.quantize.dequantize", called)
+    assert main(["dequantize", "q", "-o", "m", "--dtype", "fp32"]) == 0
+    assert called.args == ("q", Path("m"))
+    assert callable(called.kwargs.pop("observe"))
+    assert called.kwargs == {"dtype": "fp32", "force": False}
+
+
 def test_inspect(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails when --json is not JSON, or the plain form loses a value."""
     called = verb("inspect", {"kind": "adapter", "r": 6, "modules": {"q_proj": 2}, "tied": False})
