@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from decal.cli import main
 from decal.config import RunConfig
@@ -230,28 +231,69 @@ COMPARED = {
 }
 
 
-def test_compare(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_compare(verb: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fails when names and paths are mixed up, or an answer is shown under the wrong name."""
     called = verb("compare", COMPARED)
+    asked = tmp_path / "asked.txt"
+    asked.write_text("ho\n", encoding="utf-8")
     args = ["compare", "r8=runs/a", "runs/b/adapter", "--prompt", "hi", "--data", "d.jsonl"]
-    assert main([*args, "--limit", "4"]) == 0
+    assert main([*args, "--limit", "4", "--prompts", str(asked), "--trust-remote-code"]) == 0
     assert called.args == (None, {"r8": "runs/a", "b": "runs/b/adapter"})
+    assert called.kwargs.pop("observe")
     assert called.kwargs == {
-        "prompts": ["hi"],
+        "prompts": ["hi", "ho"],
         "data": "d.jsonl",
         "limit": 4,
         "max_new_tokens": 64,
+        "trust_remote_code": True,
     }
     assert capsys.readouterr().out.splitlines() == [
         "prompt: hi",
         "  base  a b",
         "  r8    c",
-        "              loss          rows",
-        "base           2.5             4",
-        "r8            1.25             4",
+        "model  loss  rows",
+        "base    2.5     4",
+        "r8     1.25     4",
     ]
     assert main([*args, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == COMPARED
+
+
+@pytest.mark.parametrize("more", [["x=runs/a"], ["--adapter", "x=runs/a"]])
+def test_compare_knows_a_base_by_what_is_there(
+    more: list[str], verb: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when a base that stands first is taken for an adapter, or an adapter for a base."""
+    called = verb("compare", COMPARED)
+    monkeypatch.chdir(tmp_path)
+    for folder, file in (("runs/a", "adapter_config.json"), ("base", "config.json")):
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / file).write_text("{}")
+    assert main(["compare", "base", *more, "--prompt", "hi"]) == 0
+    assert called.args == ("base", {"x": "runs/a"})
+    assert main(["compare", "runs/a", *more, "--prompt", "hi"]) == 0
+    assert called.args == (None, {"a": "runs/a", "x": "runs/a"})
+    assert main(["compare", *more, "--base", "base", "--prompt", "hi"]) == 0
+    assert called.args == ("base", {"x": "runs/a"})
+
+
+@pytest.mark.parametrize("width", [80, 40])
+def test_compare_draws_on_a_terminal(
+    width: int, verb: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails when an answer is cut, or lines are longer than the terminal is wide."""
+    long = "word " * 40 + "[end]"
+    found = {"base": {"outputs": [long]}, "r8": {"outputs": ["[b]c"]}}
+    verb("compare", {"base": "b", "prompts": ["hi"], "results": found})
+    drawn = Console(force_terminal=True, width=width, color_system=None, highlight=False)
+    monkeypatch.setattr("decal.cli.console.out", lambda: drawn)
+    assert main(["compare", "r8=a", "--prompt", "hi"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert text.count("word") == 40
+    assert "[end]" in text
+    assert "[b]c" in text
 
 
 FACTS = {"run": "q/run", "adapter": "q/run/adapter", "merged": "q/merged", "seconds": 41.5}

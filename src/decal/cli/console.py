@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "facts",
     "log",
+    "out",
     "say",
     "show_error",
     "show_json",
@@ -50,6 +51,14 @@ def log() -> Console:
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
+
+
+@cache
+def out() -> Console:
+    """The console on stdout, for what is drawn there if it is a terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False)
 
 
 def say(what: Any) -> None:

@@ -2,162 +2,200 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
-import torch
-
 from decal.config import DataConfig
-from decal.data.batch import Batch
-from decal.data.chat import Encoder
-from decal.data.example import Example
-from decal.data.pack import LayoutName, make_batches
-from decal.data.source import read_rows
-from decal.errors import AdapterError, DecalError
-from decal.model import attention
+from decal.errors import AdapterError, DataError, DecalError
 from decal.model.adapter import Adapter
+from decal.model.heads import labels_of
 from decal.model.inject import attach, disabled, use
-from decal.objectives import sft
 from decal.verbs.load import load_adapter
-from decal.verbs.target import BASE, QUANTIZER, base_of, metadata_json, read
-from decal.verbs.text import Prompt, complete, exact_match
+from decal.verbs.measure import exam, measure
+from decal.verbs.target import (
+    BASE,
+    LABELS,
+    QUANTIZER,
+    Target,
+    base_of,
+    data_settings,
+    metadata_json,
+    read,
+)
+from decal.verbs.text import Chat, Prompt, classify, complete
 
 BASE_NAME = "base"
-_BATCH_TOKENS = 4096
+_READING = ("layout", "columns", "system", "turns")
+"""Settings that decide what a row means."""
 
 
 def compare(
     base: str | None,
     adapters: Mapping[str, str],
     *,
-    prompts: Sequence[str] | None = None,
-    data: str | None = None,
+    prompts: Sequence[Prompt] | None = None,
+    data: str | DataConfig | None = None,
     limit: int | None = None,
     max_new_tokens: int = 64,
+    trust_remote_code: bool = False,
+    observe: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Runs base and adapters, one base in memory, all adapters on it.
 
     Args:
         base: the base, if not the one that the adapters name.
         adapters: name -> run or adapter folder; all trained on one base, quantized alike.
-        prompts: texts to complete (as a user turn where the tokenizer has a chat template).
-        data: rows with known answers: loss, perplexity and exact match are measured.
+        prompts: what to complete; plain text is a user turn where the tokenizer has a chat
+            template, with the system message of the run's rows.
+        data: rows with known answers to measure on. A path is read as the run of the adapters
+            read its own rows (layout, columns, system); a DataConfig as it says.
         limit: use only the first so many rows.
+        trust_remote_code: run Python code that comes with the base.
+        observe: called with the name of a model, steps done and steps in total.
 
     Returns:
-        {"base": path, "results": {name: {...}}} with, per name, `outputs` for prompts, and `loss`,
-        `perplexity`, `accuracy` (exact match of the last turn, greedy), `rows` for data.
+        {"base": path, "results": {name: {...}}} with, per name, `outputs` for prompts, and what
+        `measure` returns for data. A base whose classification head is new has no results.
 
     Raises:
         DecalError: neither prompts nor data, or the name `base` for an adapter.
-        AdapterError: adapters of different bases or quantizations.
+        AdapterError: adapters of different bases, quantizations or labels, or of runs that read
+            their rows differently.
+        DataError: rows or prompts that cannot be used.
     """
     if not prompts and not data:
-        raise DecalError("nothing to compare on", hint="give --prompt TEXT or --data FILE")
+        raise DecalError(
+            "nothing to compare on", hint="give --prompt TEXT, --prompts FILE or --data FILE"
+        )
     if not adapters:
         raise DecalError("no adapter to compare", hint="decal compare NAME=ADAPTER … --data FILE")
     if BASE_NAME in adapters:
         raise DecalError(f"`{BASE_NAME}` is what the base is called; name the adapter differently")
-    loaded = {name: read(path)[1] for name, path in adapters.items()}
+    found = {name: read(path) for name, path in adapters.items()}
+    loaded = {name: adapter for name, (_, adapter) in found.items()}
     _refuse_mixed(loaded, base)
+    reading = _reading({name: target for name, (target, _) in found.items()})
+    rows = _rows(data, reading, limit) if data else None
     first = next(iter(loaded))
-    model, tokenizer = load_adapter(loaded[first], base, "auto", name=first)
+    model, tokenizer = load_adapter(loaded[first], base, "auto", trust_remote_code, first)
     for name, adapter in loaded.items():
         if name != first:
             attach(model, adapter, name)
 
+    asked = exam(model, tokenizer, rows) if rows else None
+    as_chat = tokenizer.chat_template is not None and labels_of(model) is None
+    turns = _turns(prompts or (), as_chat, reading.system)
     results: dict[str, Any] = {}
-    rows = read_rows(DataConfig(path=data, limit=limit)).examples if data else []
-    batches = _encoded(model, tokenizer, rows) if rows else []
     for name in (BASE_NAME, *loaded):
+        if name == BASE_NAME and model.decal_base.new:
+            continue
+        step = partial(observe, name) if observe else None
         active: AbstractContextManager[Any]
         active = disabled(model) if name == BASE_NAME else use(model, name)
         with active:
-            found: dict[str, Any] = {}
-            if prompts:
-                chat = tokenizer.chat_template is not None
-                asked = [_as_prompt(p, chat) for p in prompts]
-                found["outputs"] = complete(model, tokenizer, asked, max_new_tokens=max_new_tokens)
-            if rows:
-                found |= measure(model, tokenizer, rows, batches, max_new_tokens)
-            results[name] = found
+            results[name] = {}
+            if turns:
+                results[name]["outputs"] = _answers(model, tokenizer, turns, max_new_tokens, step)
+            if asked:
+                results[name] |= measure(
+                    model, tokenizer, asked, max_new_tokens=max_new_tokens, observe=step
+                )
     path, _ = base_of(loaded[first], base)
-    shown = {"prompts": list(prompts)} if prompts else {}
+    shown = {"prompts": [_shown(prompt) for prompt in prompts]} if prompts else {}
     return {"base": path, **shown, "results": results}
 
 
-def measure(
-    model: Any,
-    tokenizer: Any,
-    rows: Sequence[Example],
-    batches: Sequence[Batch],
-    max_new_tokens: int = 64,
-) -> dict[str, Any]:
-    """Loss per trained token, perplexity, and exact match of the last answer, on rows.
+def _answers(
+    model: Any, tokenizer: Any, turns: Sequence[Prompt], max_new_tokens: int, step: Any
+) -> list[str]:
+    if labels_of(model) is None:
+        return complete(model, tokenizer, turns, max_new_tokens=max_new_tokens, progress=step)
+    chats = [turn for turn in turns if not isinstance(turn, str)]
+    if chats:
+        raise DataError("a classifier takes plain texts, not chats")
+    texts = [str(turn) for turn in turns]
+    found = classify(model, tokenizer, texts, progress=step)
+    return [f"{label} ({probability:.1%})" for label, probability in found]
 
-    `batches` are the encoded rows, made once for all adapters.
+
+def _reading(targets: Mapping[str, Target]) -> DataConfig:
+    """How the adapters' runs read their rows; the defaults where none comes from a run.
+
+    Raises:
+        AdapterError: two runs read them differently, so that one row would mean two things.
     """
-    total, tokens = 0.0, 0
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        for batch in batches:
-            total += _loss(model, batch.to(model.device))
-            tokens += batch.trained
-    model.train(was_training)
-    answers = complete(
-        model, tokenizer, [question(row)[0] for row in rows], max_new_tokens=max_new_tokens
-    )
-    loss = total / tokens
-    return {
-        "rows": len(rows),
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "accuracy": exact_match(answers, [question(row)[1] for row in rows]),
-    }
+    runs = {name: data_settings(target) for name, target in targets.items()}
+    known = {name: settings for name, settings in runs.items() if settings is not None}
+    if not known:
+        return DataConfig(path="-")
+    (first, reading), *others = known.items()
+    for name, settings in others:
+        differ = [key for key in _READING if getattr(settings, key) != getattr(reading, key)]
+        if differ:
+            key = differ[0]
+            raise AdapterError(
+                f"the runs of `{first}` and `{name}` read their rows differently",
+                details=[f"data.{key}: {getattr(reading, key)} and {getattr(settings, key)}"],
+                hint="compare them in two calls, or name their adapter folders",
+            )
+    return reading
 
 
-def question(row: Example) -> tuple[Prompt, str]:
-    """What a row asks, and the answer it expects: its last turn, or its completion."""
-    if row.messages is None:
-        return row.prompt or "", row.completion or ""
-    turns = [{"role": m.role, "content": m.content} for m in row.messages]
-    last = max(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    return turns[:last], turns[last]["content"]
+def _rows(data: str | DataConfig, reading: DataConfig, limit: int | None) -> DataConfig:
+    if isinstance(data, DataConfig):
+        return data.model_copy(update={"limit": limit or data.limit})
+    fields = {key: getattr(reading, key) for key in _READING}
+    if data == reading.path:
+        fields |= {"name": reading.name, "split": reading.split}
+    return DataConfig(path=data, limit=limit, eval=None, **fields)
 
 
-def _encoded(model: Any, tokenizer: Any, rows: Sequence[Example]) -> list[Batch]:
-    samples = Encoder(tokenizer, DataConfig(path="data", max_length=1 << 20)).encode_all(rows)
-    layout: LayoutName = "flat" if attention.flattens(model) else "padded"
-    return make_batches(samples, _BATCH_TOKENS, layout=layout)
+def _turns(prompts: Sequence[Prompt], chat: bool, system: str | None) -> list[Prompt]:
+    instruction = [{"role": "system", "content": system}] if system is not None else []
+    return [
+        [*instruction, {"role": "user", "content": prompt}]
+        if isinstance(prompt, str) and chat
+        else prompt
+        for prompt in prompts
+    ]
 
 
-def _loss(model: Any, batch: Batch) -> float:
-    keep = sft.trained_positions(batch)
-    with attention.flat_attention(model) if batch.layout == "flat" else nullcontext():
-        logits = attention.forward(model, batch, keep)
-    return float(sft.loss(logits, batch.targets.flatten()[keep]))
-
-
-def _as_prompt(text: str, chat: bool) -> Prompt:
-    return [{"role": "user", "content": text}] if chat else text
+def _shown(prompt: Prompt) -> str:
+    """A prompt as a text: of a chat its last message."""
+    if isinstance(prompt, str):
+        return prompt
+    return (prompt if isinstance(prompt, Chat) else Chat.of(prompt)).messages[-1].content
 
 
 def _refuse_mixed(adapters: Mapping[str, Adapter], base: str | None) -> None:
     first_name, first = next(iter(adapters.items()))
     for name, adapter in adapters.items():
-        same_quantizer = adapter.metadata.get(QUANTIZER) == first.metadata.get(QUANTIZER)
         for same, what in (
-            (same_quantizer, "quantization"),
-            (_same_base(adapter, first, base), "base"),
+            (_same(adapter, first, QUANTIZER), "on different quantizations"),
+            (_same_base(adapter, first, base), "on different bases"),
+            (_same(adapter, first, LABELS), "for different labels"),
         ):
             if not same:
                 raise AdapterError(
-                    f"adapters `{first_name}` and `{name}` were trained on a different {what}",
+                    f"adapters `{first_name}` and `{name}` were trained {what}",
+                    details=_packing(first, adapter) if "quant" in what else (),
                     hint="compare them in two calls",
                 )
+
+
+def _same(a: Adapter, b: Adapter, key: str) -> bool:
+    return a.metadata.get(key) == b.metadata.get(key)
+
+
+def _packing(*adapters: Adapter) -> list[str]:
+    """How the bases of the adapters were stored, as far as that differs."""
+    recorded = [metadata_json(adapter, QUANTIZER) or {"format": "none"} for adapter in adapters]
+    keys = [k for k in ("format", "block_size", "double") if len({r.get(k) for r in recorded}) > 1]
+    if not keys:
+        return ["their packed weights differ"]
+    return [f"quant.{keys[0]}: " + " and ".join(str(facts.get(keys[0])) for facts in recorded)]
 
 
 def _same_base(a: Adapter, b: Adapter, given: str | None) -> bool:

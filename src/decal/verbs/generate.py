@@ -8,6 +8,7 @@ from typing import Any
 from decal.errors import DecalError
 from decal.model.heads import labels_of
 from decal.verbs.load import load
+from decal.verbs.target import data_settings, resolve
 from decal.verbs.text import Completion, Prompt, Sampling, classify, complete_one
 
 
@@ -29,7 +30,8 @@ def generate(
     Args:
         target: run, adapter, model folder or hub id.
         adapter: an adapter to put on `target`, if that is a base.
-        system: a system message before the prompt; for chats.
+        system: a system message before the prompt; for chats. Left out: that of the run's rows,
+            if `target` is a run whose rows got one.
         chat: render the prompt as a user turn; left out: if the tokenizer has a chat template.
         stream: called with pieces of text as they are generated.
         trust_remote_code: run Python code that comes with the model.
@@ -57,6 +59,8 @@ def generate(
         label, probability = classify(model, tokenizer, [prompt])[0]
         return Completion.of(label, probability=probability)
     as_chat = tokenizer.chat_template is not None if chat is None else chat
+    data = data_settings(resolve(target))
+    system = data.system if system is None and data is not None and as_chat else system
     if system is not None and not as_chat:
         raise DecalError(
             f"`{target}` has no chat template, so there is no place for a system message",

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from decal.config import DataConfig
 from decal.errors import AdapterError, DecalError, OutputError
 from decal.model.adapter import Adapter
 from decal.model.hub import adapter_folder, may_be_on_hub, near_path, split_revision
+from decal.runfile import load_run
 
 QUANTIZER = "decal.quantizer"
 BASE = "decal.base"
@@ -91,6 +93,15 @@ def read(path: str | Path) -> tuple[Target, Adapter]:
             hint="an adapter folder holds adapter_config.json and adapter_model.safetensors",
         )
     return target, replace(Adapter.from_pretrained(target.path), source=str(path))
+
+
+def data_settings(target: Target) -> DataConfig | None:
+    """How the run behind `target` read its rows; None where it is no run's folder.
+
+    Raises:
+        ConfigError: its run.yaml cannot be read.
+    """
+    return load_run(target.run / "run.yaml").data if target.run is not None else None
 
 
 def base_of(adapter: Adapter, given: str | None = None) -> tuple[str, str | None]:

@@ -10,8 +10,9 @@ classifiers for `classify`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +21,32 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from decal.config import Settings
-from decal.data.chat import TEMPLATE_ERRORS, own_bos
+from decal.data.example import Message
+from decal.data.template import TEMPLATE_ERRORS, ChatTemplate
+from decal.data.tokens import own_bos
 from decal.errors import DataError
 
-Prompt = str | Sequence[dict[str, Any]]
-"""Plain text, or the messages of a chat up to the turn that is asked for."""
+
+@dataclass(frozen=True)
+class Chat:
+    """The messages of a chat up to the turn that is asked for, and the functions it may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Any, ...] | None = None
+
+    @classmethod
+    def of(cls, turns: Sequence[Mapping[str, Any]]) -> Chat:
+        """From messages as dicts with `role` and `content`."""
+        return cls(tuple(_message(turn) for turn in turns))
+
+
+def _message(turn: Mapping[str, Any]) -> Message:
+    extra = {key: value for key, value in turn.items() if key not in ("role", "content")}
+    return Message(str(turn["role"]), turn.get("content") or "", extra)
+
+
+Prompt = str | Chat | Sequence[Mapping[str, Any]]
+"""Plain text, or a chat, or its messages as dicts."""
 Observe = Callable[[int, int], None]
 """Called with how many are done, and how many there are."""
 
@@ -65,31 +87,26 @@ class Completion(str):
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    """Token ids of a prompt, as training saw it (chat.py).
+    """Token ids of a prompt, as training saw it (data/chat.py).
 
     Plain text gets the tokenizer's own bos and nothing else: some tokenizers close every text with
     eos, and a model that has seen its prompt end answers nothing. Chats are rendered by the
-    template with the generation prompt.
+    template, or the plain one that training takes where there is none, with the generation prompt.
 
     Raises:
-        DataError: a chat, and the tokenizer has no template or its template refuses the chat.
+        DataError: the template refuses the chat.
     """
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
         bos = own_bos(tokenizer)
         return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
-    if tokenizer.chat_template is None:
-        raise DataError(
-            "the tokenizer has no chat template, but the prompt is a chat",
-            hint="give the prompt as plain text",
-        )
+    chat = prompt if isinstance(prompt, Chat) else Chat.of(prompt)
     try:
-        text = tokenizer.apply_chat_template(
-            list(prompt), tokenize=False, add_generation_prompt=True
-        )
+        template = ChatTemplate(tokenizer)
+        text = template.render(chat.messages, chat.tools, generation_prompt=True)
     except TEMPLATE_ERRORS as error:
-        roles = ", ".join(str(turn.get("role")) for turn in prompt)
-        raise DataError(f"the chat template refuses the turns {roles}: {error}") from error
+        roles = ", ".join(message.role for message in chat.messages)
+        raise DataError(f"the chat template refuses the turns `{roles}`: {error}") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -173,8 +190,8 @@ def _generate(
         )
     made = []
     for row, prompt in enumerate(encoded):
-        new = out[row, width:].tolist()
-        end = next((i for i, token in enumerate(new) if token in (stops or ())), None)
+        new = out[row, width:]
+        end = next((i for i, token in enumerate(new.tolist()) if token in (stops or ())), None)
         kept = new if end is None else new[: end + 1]
         text = tokenizer.decode(kept, skip_special_tokens=True).strip()
         facts = {"prompt_tokens": len(prompt), "new_tokens": len(kept), "finished": end is not None}
