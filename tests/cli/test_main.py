@@ -18,7 +18,20 @@ from decal.cli import app, main
 from decal.errors import DataError, DecalError, Interrupted, TrainingError
 from decal.version import __version__
 
-COMMANDS = ["quickstart", "init", "train", "generate", "compare", "inspect", "diff", "merge", "env"]
+COMMANDS = [
+    "quickstart",
+    "init",
+    "train",
+    "generate",
+    "compare",
+    "inspect",
+    "diff",
+    "merge",
+    "push",
+    "quantize",
+    "dequantize",
+    "env",
+]
 
 Raising = Callable[[BaseException], tuple[int, str]]
 

@@ -119,39 +119,23 @@ def load_model(
         commit = commit_of(local_folder(path, revision, weights=False))
     config = load_config(path, revision=commit or revision, trust_remote_code=trust_remote_code)
     device_map = {"": pick_device(device)} if str(pick_device(device)) != "cpu" else None
-    quantization = None
-    stored = _stored_quantization(path, config)
-    if stored is not None:
-        config.quantization_config = DecalQuantizationConfig(format=stored["format"]).to_dict()
-    elif recipe is not None:
-        quantization = DecalQuantizationConfig(
-            recipe.format, recipe.block_size, recipe.double, skip
-        )
+    stored = _takes_stored(path, config)
     auto, same_labels = AutoModelForCausalLM, False
     if labels is not None:
         auto, same_labels = AutoModelForSequenceClassification, heads.relabel(config, labels)
     folder = local_folder(path, commit or revision)
-    with Quiet():
-        try:
-            model, report = auto.from_pretrained(
-                str(folder),
-                config=config,
-                trust_remote_code=trust_remote_code,
-                dtype=dtype,
-                device_map=device_map,
-                quantization_config=quantization,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # refused below, with both shapes
-            )
-        except Exception as error:
-            raise _load_error(path, error) from error
+    settings = {
+        "config": config,
+        "trust_remote_code": trust_remote_code,
+        "dtype": dtype,
+        "device_map": device_map,
+        "quantization_config": None if stored else _packing(recipe, skip),
+    }
+    model, report = _from_pretrained(auto, path, folder, settings)
     new = heads.settle(model, report, same_labels) if labels is not None else ()
     _refuse_incomplete(path, model, report)
     honour_soft_caps(model)
-    if stored is not None:
-        recipe = _stored_recipe(path, model, recipe, skip)
-    elif recipe is not None:
-        _refuse_unquantized(path, model, skip)
+    recipe = (_stored_recipe if stored else _packed_recipe)(path, model, recipe, skip)
     model.name_or_path = model.config.name_or_path = path if commit else str(folder)
     model.decal_base = BaseInfo(
         path=path if commit else str(folder.resolve()),
@@ -163,6 +147,20 @@ def load_model(
         new=new,
     )
     return model
+
+
+def _from_pretrained(auto: Any, path: str, folder: Path, settings: dict[str, Any]) -> Any:
+    """The model, and transformers' report on what it found."""
+    with Quiet():
+        try:
+            return auto.from_pretrained(
+                str(folder),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused by the caller, with both shapes
+                **settings,
+            )
+        except Exception as error:
+            raise _load_error(path, error) from error
 
 
 def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -214,15 +212,21 @@ def quantizer_identity(model: nn.Module) -> str | None:
     return identity(iter(packed)) if packed else None
 
 
-def _stored_quantization(path: str, config: Any) -> dict[str, Any] | None:
-    """What bitsandbytes wrote into the config; None for a model that is not quantized.
+def _packing(recipe: Recipe | None, skip: Sequence[str]) -> DecalQuantizationConfig | None:
+    if recipe is None:
+        return None
+    return DecalQuantizationConfig(recipe.format, recipe.block_size, recipe.double, skip)
+
+
+def _takes_stored(path: str, config: Any) -> bool:
+    """Whether bitsandbytes stored the model quantized; the config then names decal as its reader.
 
     Raises:
         BaseModelError: quantized by another tool.
     """
     given = getattr(config, "quantization_config", None)
     if given is None:
-        return None
+        return False
     settings = given if isinstance(given, dict) else given.to_dict()
     found = describe_quantization({"quantization_config": settings})
     if found is None or found["format"] not in FORMATS:
@@ -232,7 +236,8 @@ def _stored_quantization(path: str, config: Any) -> dict[str, Any] | None:
             "does not read",
             hint="name the original 16-bit model, or one that bitsandbytes quantized",
         )
-    return found
+    config.quantization_config = DecalQuantizationConfig(format=found["format"]).to_dict()
+    return True
 
 
 def _stored_recipe(path: str, model: Any, asked: Recipe | None, skip: Sequence[str]) -> Recipe:
@@ -368,7 +373,12 @@ def _refuse_unpackable(path: str, refused: list[tuple[str, QuantError]]) -> None
         )
 
 
-def _refuse_unquantized(path: str, model: nn.Module, skip: Sequence[str]) -> None:
+def _packed_recipe(
+    path: str, model: nn.Module, asked: Recipe | None, skip: Sequence[str]
+) -> Recipe | None:
+    """What was asked for, once every layer that should be quantized is."""
+    if asked is None:
+        return None
     names = quantizable_modules(model, skip)
     left = [name for name in names if not isinstance(model.get_submodule(name), QuantLinear)]
     if left or not any(isinstance(m, QuantLinear) for m in model.modules()):
@@ -377,6 +387,7 @@ def _refuse_unquantized(path: str, model: nn.Module, skip: Sequence[str]) -> Non
             f"{len(left)} linear layers of `{path}` were not quantized{first}",
             hint="use `quant: none` for this architecture",
         )
+    return asked
 
 
 def local_folder(path: str, revision: str | None = None, *, weights: bool = True) -> Path:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from decal.config import QuantConfig
 from decal.errors import BaseModelError, QuantError
@@ -26,8 +27,9 @@ from decal.quant.bnb import (
     stored_shape,
     to_bnb,
 )
+from decal.quant.linear import QuantLinear
 from decal.store.base import BaseFiles, open_base
-from decal.store.tensorfile import TORCH_DTYPES, TensorSpec, dtype_name
+from decal.store.tensorfile import TORCH_DTYPES, TensorEntry, TensorSpec, dtype_name
 from decal.weights.rewrite import Rewrite, rewrite_files
 
 Dtype = Literal["keep", "bf16", "fp16", "fp32"]
@@ -95,40 +97,25 @@ def quantize(
         raise QuantError("quantize needs a format", hint="use nf4, fp4 or int8")
     recipe = Recipe(format=quant.format, block_size=quant.block_size, double=quant.double)
     files = _opened(model, revision)
-    stored = files.config.get("quantization_config")
-    if stored:
-        found = describe_quantization(files.config) or stored
-        method = found.get("format") or found.get("quant_method", "unknown")
-        raise BaseModelError(
-            f"`{model}` is stored quantized already ({method})",
-            hint="`decal dequantize` makes a 16-bit folder of it",
-        )
+    _refuse_stored(files, model)
     skeleton = names.skeleton(str(files.folder))
-    transposed = names.transposed_modules(skeleton)
-    linear = [n for n, m in skeleton.named_modules() if type(m) is nn.Linear or n in transposed]
-    named = names.name_map(skeleton, files.tensors)
+    linear = [n for n, m in skeleton.named_modules() if type(m) in (nn.Linear, Conv1D)]
+    keys = {name: key for key, name in names.name_map(skeleton, files.tensors).items()}
     packed = quantize_skeleton(skeleton, recipe, quant.skip_modules)
-    wanted = None if dtype == "keep" else _DTYPES[dtype]
-    keys = _file_keys(files, named, packed)
-    rewrites = []
-    for name in packed:
-        entry = files.tensors[keys[name]]
-        if entry.spec.dtype not in _FLOATS:
-            raise QuantError(f"`{entry.key}` is stored in {entry.spec.dtype}, not in 16 or 32 bits")
-        weight_dtype = wanted or TORCH_DTYPES[entry.spec.dtype]
-        rewrites.append(_packing(entry.key, entry.spec, recipe, weight_dtype, name in transposed))
-    compute = wanted or TORCH_DTYPES[files.tensors[keys[packed[0]]].spec.dtype]
-    skeleton.to(compute)
+    entries = _entries(files, keys, packed)
+    rounded = None if dtype == "keep" else _DTYPES[dtype]
+    compute = rounded or TORCH_DTYPES[entries[packed[0]].spec.dtype]
     kept = [name for name in linear if name not in set(packed)]
     nbytes = rewrite_files(
         files,
         out,
-        rewrites,
+        [_packing(entry, skeleton.get_submodule(n), rounded) for n, entry in entries.items()],
         {"quantization_config": quantization_config(recipe, compute, kept)},
-        dtype=wanted,
+        dtype=rounded,
         force=force,
         observe=observe,
     )
+    skeleton.to(compute)
     return Converted(
         out=Path(out),
         source=str(model),
@@ -144,25 +131,45 @@ def _opened(model: str | Path, revision: str | None) -> BaseFiles:
     return open_base(hf.local_folder(str(model), revision))
 
 
-def _file_keys(files: BaseFiles, named: Mapping[str, str], packed: Sequence[str]) -> dict[str, str]:
-    """Module -> file key of its weight. Raises BaseModelError where there is none."""
-    keys = {name.removesuffix(".weight"): key for key, name in named.items()}
-    lost = [name for name in packed if name not in keys]
-    if lost:
+def _refuse_stored(files: BaseFiles, model: str | Path) -> None:
+    stored = files.config.get("quantization_config")
+    if stored:
+        found = describe_quantization(files.config) or stored
+        method = found.get("format") or found.get("quant_method", "unknown")
+        raise BaseModelError(
+            f"`{model}` is stored quantized already ({method})",
+            hint="`decal dequantize` makes a 16-bit folder of it",
+        )
+
+
+def _entries(
+    files: BaseFiles, keys: Mapping[str, str], packed: Sequence[str]
+) -> dict[str, TensorEntry]:
+    """Module -> its weight in the files.
+
+    Raises:
+        BaseModelError: no linear layers, or weights that are not there.
+        QuantError: weights that are not stored in 16 or 32 bits.
+    """
+    lost = [name for name in packed if f"{name}.weight" not in keys]
+    if lost or not packed:
         raise BaseModelError(
             f"`{files.folder}` lacks the weights of {len(lost)} of {len(packed)} linear layers",
-            details=[f"first: {lost[0]}"],
+            details=[f"first: {lost[0]}"] if lost else [],
         )
-    return {name: keys[name] for name in packed}
+    entries = {name: files.tensors[keys[f"{name}.weight"]] for name in packed}
+    for entry in entries.values():
+        if entry.spec.dtype not in _FLOATS:
+            raise QuantError(f"`{entry.key}` is stored in {entry.spec.dtype}, not in 16 or 32 bits")
+    return entries
 
 
-def _packing(
-    key: str, spec: TensorSpec, recipe: Recipe, dtype: torch.dtype, transposed: bool
-) -> Rewrite:
-    """The rewrite of one weight [out, in] (or [in, out]) into bitsandbytes' tensors."""
+def _packing(entry: TensorEntry, layer: QuantLinear, rounded: torch.dtype | None) -> Rewrite:
+    """The rewrite of one weight into bitsandbytes' tensors; `layer` is what it becomes."""
+    key, recipe, transposed = entry.key, layer.recipe, layer.transposed_source
+    dtype = rounded or TORCH_DTYPES[entry.spec.dtype]
     prefix = key.removesuffix(".weight")
-    rows, columns = spec.shape[::-1] if transposed else spec.shape
-    shapes = bnb_shapes(prefix, (rows, columns), recipe, dtype)
+    shapes = bnb_shapes(prefix, layer.shape, recipe, dtype)
 
     def convert(taken: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         stored = taken[key].to(dtype)
@@ -205,12 +212,10 @@ def dequantize(
     files = _opened(model, revision)
     found = describe_quantization(files.config)
     if found is None:
-        stored = files.config.get("quantization_config") or {}
-        method = stored.get("quant_method")
+        method = (files.config.get("quantization_config") or {}).get("quant_method")
+        how = f" in a way that decal reads, but by {method}" if method else ""
         raise BaseModelError(
-            f"`{model}` is stored quantized by {method}, which decal does not read"
-            if method
-            else f"`{model}` is not stored quantized",
+            f"`{model}` is not stored quantized{how}",
             hint="`decal inspect` shows what a folder holds",
         )
     target = _DTYPES[dtype]
