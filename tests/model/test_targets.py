@@ -55,6 +55,23 @@ def test_patterns(target: str | tuple[str, ...], leaves: tuple[str, ...]) -> Non
     assert resolve(model(), target) == names(*leaves)
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["experts", "gate_proj", "gate_up_proj", "experts.up_proj", "mlp.experts.3.gate_proj"],
+)
+def test_experts_are_refused_with_what_is_left(pattern: str) -> None:
+    """Mutations: look for modules only; forget the file's names of single experts."""
+    infos = model()
+    infos["model.layers.2.mlp.experts"] = ModuleInfo(
+        kind="experts", shape=None, cls="Experts", weights=("gate_up_proj", "down_proj")
+    )
+    with pytest.raises(TargetError, match="1 of 2 target_modules name experts") as caught:
+        resolve(infos, ("q_proj", pattern))
+    assert f"`{pattern}` means model.layers.2.mlp.experts" in caught.value.details[0]
+    assert "3 layers are left: q_proj" in str(caught.value.hint)
+    assert resolve(infos, ("q_proj", "down_proj"))  # the other layers have one that is linear
+
+
 def test_exact_names_and_the_head_by_name() -> None:
     exact = ("model.layers.1.self_attn.q_proj", "lm_head")
     assert resolve(model(), exact) == list(exact)

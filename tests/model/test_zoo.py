@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from decal.config import LoraConfig, QuantConfig, RunConfig
@@ -191,6 +192,23 @@ def test_old_files_are_the_same_base(name: str, tmp_path: Path) -> None:
     merge(str(old), tmp_path / "adapter", tmp_path / "merged")
     merged = logits(plain(name, tmp_path / "merged", torch.float32))
     assert float((merged - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
+def test_experts_pass_through_a_merge_byte_by_byte(tmp_path: Path) -> None:
+    """Per expert, as their files have them. Mutation: write them as the module tree holds them."""
+    base = zoo.save("qwen3_moe", tmp_path / "base", torch.bfloat16)
+    model, _ = load_base(base)
+    table = attach(model, LoraConfig(r=3, lora_alpha=7))
+    assert any("expert" in note for note in table.notes)
+    for parts in adapter_state(model).values():
+        torch.nn.init.normal_(parts.B, std=0.1)
+    save_adapter(model, tmp_path / "adapter")
+    merge(str(base), tmp_path / "adapter", tmp_path / "merged")
+    before, after = (load_file(f / "model.safetensors") for f in (base, tmp_path / "merged"))
+    assert before.keys() == after.keys()
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    assert before.keys() - same == {f"{module}.weight" for module in adapter_state(model)}
+    assert len([key for key in same if ".experts." in key]) == 15
 
 
 @pytest.mark.parametrize("key", ["model.layers.0.self_attn.rotary.weight", "score.weight"])

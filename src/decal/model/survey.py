@@ -40,12 +40,14 @@ def module_infos(model: nn.Module) -> dict[str, ModuleInfo]:
         if is_attention(module):
             inside.append(name + ".")
         view = base_view(module)
+        experts = expert_weights(module)
         infos[name] = ModuleInfo(
-            kind=view.kind if view is not None else "other",
+            kind=view.kind if view is not None else "experts" if experts else "other",
             shape=view.shape if view is not None else None,
             cls=type(module).__name__,
             is_head=module is head,
             attention=name.startswith(tuple(inside)),
+            weights=tuple(experts),
         )
     return infos
 
@@ -75,12 +77,19 @@ def is_attention(module: nn.Module) -> bool:
     return code is not None and not _ATTENTION_CALLS.isdisjoint(code.co_names)
 
 
+def expert_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own parameters that hold several matrices, one per expert, by name."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return {}
+    return {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
+
+
 def notes_on_rest(model: nn.Module) -> list[str]:
     """What an adapter on linear layers cannot reach: weights with an expert dimension."""
     classes: dict[str, int] = {}
     held = 0
     for _, module in base_modules(model):
-        numel = sum(p.numel() for p in module.parameters(recurse=False) if p.ndim == 3)
+        numel = sum(p.numel() for p in expert_weights(module).values())
         if numel:
             classes[type(module).__name__] = classes.get(type(module).__name__, 0) + 1
             held += numel

@@ -45,7 +45,7 @@ class ModuleInfo:
     """What resolution needs to know about one module."""
 
     kind: str
-    """linear | embedding | other: the first two can be adapted."""
+    """linear | embedding | experts | other: the first two can be adapted."""
     shape: tuple[int, int] | None
     """[out, in]; None for what is no layer."""
     cls: str
@@ -54,6 +54,8 @@ class ModuleInfo:
     """Whether this is the output head."""
     attention: bool = False
     """Whether it lies inside an attention module."""
+    weights: tuple[str, ...] = ()
+    """The parameters of experts, each of which holds all of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,7 @@ def resolve(modules: Mapping[str, ModuleInfo], target_modules: str | Sequence[st
     if not target_modules:
         raise TargetError("target_modules is empty", hint=f"`{ALL_LINEAR}` adapts every layer")
     patterns, found = _matches(modules, target_modules, "target_modules")
+    _refuse_experts(modules, found)
     _refuse_unmatched(modules, [p for p in patterns if not found[p]], of=patterns)
     _refuse_unadaptable(modules, found)
     chosen = {name for names in found.values() for name in names}
@@ -372,6 +375,50 @@ def _by_ending(modules: Mapping[str, ModuleInfo], patterns: Sequence[str]) -> di
     return found
 
 
+def _refuse_experts(modules: Mapping[str, ModuleInfo], found: Mapping[str, Sequence[str]]) -> None:
+    """Experts share one parameter of three dimensions, whatever their files are called."""
+    experts = {name: info for name, info in modules.items() if info.kind == "experts"}
+    wrong = {}
+    for pattern, names in found.items():
+        named = [n for n in names if n in experts] or [
+            n for n, info in experts.items() if not names and _names_experts(pattern, n, info)
+        ]
+        if named:
+            wrong[pattern] = named[0]
+    if not wrong:
+        return
+    kept = [n for p, names in found.items() if p not in wrong for n in names]
+    rest = (
+        f"{len(kept)} layers are left: {', '.join(_endings(kept))}" if kept else "nothing is left"
+    )
+    pattern, name = next(iter(wrong.items()))
+    raise TargetError(
+        f"{len(wrong)} of {len(found)} target_modules name experts, which LoRA does not adapt",
+        details=[
+            f"`{pattern}` means {name}, {experts[name].cls}, whose weights are"
+            f" {' and '.join(experts[name].weights)} of all experts at once"
+        ],
+        hint=f"without them {rest}; `{ALL_LINEAR}` adapts all that is linear around the experts",
+    )
+
+
+def _names_experts(pattern: str, name: str, info: ModuleInfo) -> bool:
+    """Whether a pattern that matches no module means these experts, as code or files name them.
+
+    `experts.down_proj`, `experts.3.up_proj`, or `gate_proj`, which became part of `gate_up_proj`.
+    """
+    around, _, leaf = pattern.rpartition(".")
+    words = set(leaf.split("_"))
+    if not any(words <= set(weight.split("_")) for weight in info.weights):
+        return False
+    around = re.sub(r"\.?(\d+|\*)$", "", around)
+    return not around or f".{name}".endswith(f".{around}")
+
+
+def _endings(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
 def _refuse_unmatched(
     modules: Mapping[str, ModuleInfo], unmatched: Sequence[str], of: Sequence[str]
 ) -> None:
@@ -396,12 +443,11 @@ def _refuse_unmatched(
 
 
 def _layer_names(modules: Mapping[str, ModuleInfo]) -> list[str]:
-    linear = (n for n, info in modules.items() if info.kind == "linear")
-    return list(dict.fromkeys(n.rpartition(".")[2] for n in linear))
+    return _endings([n for n, info in modules.items() if info.kind == "linear"])
 
 
 def _advice(modules: Mapping[str, ModuleInfo], pattern: str) -> str:
-    leaves = list(dict.fromkeys(n.rpartition(".")[2] for n in modules if n))
+    leaves = _endings([n for n in modules if n])
     close = nearest(pattern.rpartition(".")[2], leaves)
     return f"`{pattern}`: " + (f"did you mean `{close}`?" if close else "nothing is called like it")
 

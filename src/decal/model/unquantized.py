@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from decal.errors import QuantError, nearest
-from decal.model.survey import base_modules, base_name, parameter_counts
+from decal.model.survey import base_modules, base_name, expert_weights, parameter_counts
 from decal.quant.linear import QuantLinear
 
 MUCH = 0.05
@@ -48,12 +48,8 @@ def check_skips(skip: Sequence[str], quantizable: Sequence[str], model: nn.Modul
 
 
 def _fused(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules that hold parameters of three dimensions themselves."""
-    return [
-        (name, module)
-        for name, module in base_modules(model)
-        if any(p.ndim == 3 for p in module.parameters(recurse=False))
-    ]
+    """Modules that hold the weights of several experts."""
+    return [(name, module) for name, module in base_modules(model) if expert_weights(module)]
 
 
 def refuse_fused(model: nn.Module, skip: Sequence[str] = ()) -> None:
@@ -62,7 +58,7 @@ def refuse_fused(model: nn.Module, skip: Sequence[str] = ()) -> None:
     Experts that `skip` names were meant to keep 16 bits.
     """
     fused = [(n, m) for n, m in _fused(model) if not skipped(n, skip)]
-    held = sum(p.numel() for _, m in fused for p in m.parameters(recurse=False) if p.ndim == 3)
+    held = sum(p.numel() for _, m in fused for p in expert_weights(m).values())
     total = parameter_counts(model)[1]
     if held <= MUCH * total:
         return
