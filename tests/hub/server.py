@@ -38,8 +38,8 @@ _ID = r"(?P<id>[\w.-]+(?:/[\w.-]+)?)"
 class Refused(Exception):  # noqa: N818 (an answer, not a fault of the server)
     """An answer that is an error."""
 
-    def __init__(self, status: int, code: str = "", message: str = "", commit: str | None = None):
-        self.status, self.code, self.message, self.commit = status, code, message, commit
+    def __init__(self, status: int, code: str = "", message: str = "", **more: str):
+        self.status, self.code, self.message, self.more = status, code, message, more
 
 
 class Request(NamedTuple):
@@ -237,9 +237,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(404, "", f"no such page: {parts.path}")
         except Refused as refused:
             headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
-            if refused.commit:
-                headers["X-Repo-Commit"] = refused.commit
-            self._send(refused.status, {"error": refused.message}, headers)
+            headers["X-Repo-Commit"] = refused.more.get("commit", "")
+            self._send(refused.status, {"error": refused.message, **refused.more}, headers)
 
     def _send(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -321,7 +320,7 @@ class _Handler(BaseHTTPRequestHandler):
         key = (asked.get("type") or "model", name)
         url = {"url": f"{self.hub.url}/{name}"}
         if key in self.hub.repositories:
-            raise Refused(409, "", "You already created this model repo")
+            raise Refused(409, "", "You already created this model repo", **url)
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.repositories[key] = Repository(private=private)
         self.hub.repositories[key].commit({".gitattributes": b""}, "main", "initial commit")

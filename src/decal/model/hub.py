@@ -152,9 +152,24 @@ def hub_error(
         hint = "HF_HUB_OFFLINE is set: unset it for one download, or name a local folder"
     else:
         message = f"`{path}` is not in the hub's cache, and the hub cannot be reached"
-        message += f" ({_reason(causes, status)})"
+        message += f" ({reason(error)})"
         hint = "check the network connection, or name a local folder"
     return kind(message, hint=f"did you mean `{near}`?" if near else hint)
+
+
+def reason(error: BaseException) -> str:
+    """Why the way to the hub failed, in a few words."""
+    causes = _causes(error)
+    status = next((s for s in map(_status, causes) if s), 0)
+    if status:
+        return f"it answered {status}"
+    last = str(causes[-1]).strip().splitlines()
+    return last[0][:120] if last else type(causes[-1]).__name__
+
+
+def on_the_way(error: BaseException) -> bool:
+    """Whether an error came from the network, the disk or the hub, and not from a mistake here."""
+    return any(isinstance(cause, (errors.HTTPError, OSError)) for cause in _causes(error))
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -170,10 +185,3 @@ def _causes(error: BaseException) -> list[BaseException]:
 def _status(error: BaseException) -> int:
     response = getattr(error, "response", None)
     return int(getattr(response, "status_code", 0) or 0)
-
-
-def _reason(causes: Sequence[BaseException], status: int) -> str:
-    if status:
-        return f"it answered {status}"
-    last = str(causes[-1]).strip().splitlines()
-    return last[0][:120] if last else type(causes[-1]).__name__

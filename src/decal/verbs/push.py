@@ -1,0 +1,376 @@
+"""`decal push`: an adapter or a model onto the hub, with a model card.
+
+One commit, of exactly the files that belong: weights, settings, tokenizer, card. Checkpoints, logs,
+run.yaml and rows stay here whatever the folder holds, and so do names of places on this disk: where
+the base is a local folder, its path is left out of the adapter that is uploaded. Afterwards the
+hub's hashes of all files are compared with what was meant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token
+from huggingface_hub.utils import validate_repo_id
+
+from decal.config import FullConfig, LoraConfig, RunConfig
+from decal.errors import DecalError, VerificationError
+from decal.model.adapter import Adapter
+from decal.model.hub import may_be_on_hub, near_path, on_the_way, reason
+from decal.report.card import MARK, CardFacts, Value, card
+from decal.runfile import parse_run
+from decal.store.base import INDEX_NAME, open_base
+from decal.store.peft import CONFIG_NAME, WEIGHTS_NAME
+from decal.store.run import RunFolder
+from decal.verbs.target import BASE, LABELS, QUANTIZER, Target, metadata_json, read, resolve
+from decal.version import __version__
+
+CARD = "README.md"
+_TEXTS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken", "spiece.model",
+    "sentencepiece.bpe.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json", "processor_config.json", "preprocessor_config.json",
+    "LICENSE*", "NOTICE*", "USE_POLICY*",
+)  # fmt: skip
+"""Files beside the weights, by their usual names: a folder may hold anything else too."""
+
+Files = dict[str, Path | bytes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushed:
+    """What a push left on the hub."""
+
+    repo: str
+    url: str
+    commit: str
+    files: tuple[str, ...]
+    card: str
+    """`written`, or `kept` where there was one that decal had not written."""
+
+    def summary(self) -> dict[str, Any]:
+        """The push in a few facts, for printing."""
+        return {
+            "pushed": self.repo,
+            "url": self.url,
+            "commit": self.commit,
+            "files": list(self.files),
+            "card": self.card,
+        }
+
+
+def push(
+    target: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Pushed:
+    """Uploads an adapter or model to the hub, and makes the repository if there is none.
+
+    Args:
+        target: run, adapter or model folder.
+        repo: `owner/name`, or `name` for one of your own.
+        private: make a new repository private; one that exists must be private already.
+        revision: branch to commit to, made if there is none; default main.
+        message: of the commit.
+        say: called with lines about what is left out.
+
+    Raises:
+        DecalError: nothing to push there, a bad name, no login, no permission, no way to the hub.
+        VerificationError: the hub holds other bytes than were meant.
+    """
+    _refuse_at_once(target, repo)
+    found = resolve(target)
+    files, facts = _contents(found, say or (lambda line: None))
+    api = HfApi(library_name="decal", library_version=__version__)
+    try:
+        name = _made(api, repo, private, revision)
+        facts = replace(facts, repo=name)
+        kept = _foreign_card(api, name, revision, Path(found.path))
+        if kept is None:
+            files[CARD] = card(facts).encode("utf-8")
+        elif isinstance(kept, Path):
+            files[CARD] = kept
+        operations = [CommitOperationAdd(path, _source(data)) for path, data in files.items()]
+        done = api.create_commit(
+            name,
+            operations,
+            commit_message=message or f"Upload {facts.kind} with decal",
+            revision=revision,
+        )
+        _verify(api, name, done.oid, files)
+    except Exception as error:
+        if not on_the_way(error):
+            raise
+        raise _push_error(repo, error) from error
+    return Pushed(
+        repo=name,
+        url=f"{constants.ENDPOINT}/{name}" + (f"/tree/{revision}" if revision else ""),
+        commit=done.oid,
+        files=tuple(sorted(files)),
+        card="written" if kept is None else "kept",
+    )
+
+
+def _refuse_at_once(target: str | Path, repo: str) -> None:
+    """What can be known before anything is read or asked."""
+    if not Path(target).expanduser().exists():
+        near = near_path(str(target))
+        raise DecalError(
+            f"there is nothing at `{target}` on this disk",
+            hint=f"did you mean `{near}`?" if near else "name a run, adapter or model folder",
+        )
+    try:
+        validate_repo_id(repo)
+    except errors.HFValidationError:
+        raise DecalError(
+            f"`{repo}` cannot be the name of a repository", hint="use owner/name"
+        ) from None
+    if constants.HF_HUB_OFFLINE:
+        raise DecalError("HF_HUB_OFFLINE is set, so nothing can be pushed", hint="unset it")
+    if get_token() is None:
+        raise DecalError(
+            "you are not logged in to the hub",
+            hint="log in with `hf auth login`, or set HF_TOKEN to a token that may write",
+        )
+
+
+def _made(api: HfApi, repo: str, private: bool, revision: str | None) -> str:
+    """The repository's full name, after making it and its branch where they are missing."""
+    name = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+    if private and not api.model_info(name).private:
+        raise DecalError(
+            f"`{name}` is public, and --private was asked for",
+            hint="make it private in its settings, or choose another name",
+        )
+    if revision is not None and revision != constants.DEFAULT_REVISION:
+        api.create_branch(name, branch=revision, exist_ok=True)
+    return name
+
+
+def _foreign_card(api: HfApi, repo: str, revision: str | None, folder: Path) -> Path | str | None:
+    """A card that somebody else wrote: the folder's to upload, or the hub's, which stays."""
+    local = folder / CARD
+    if local.is_file() and MARK not in local.read_text(encoding="utf-8", errors="replace"):
+        return local
+    try:
+        there = Path(api.hf_hub_download(repo, CARD, revision=revision))
+    except errors.EntryNotFoundError:
+        return None
+    return None if MARK in there.read_text(encoding="utf-8", errors="replace") else "there"
+
+
+def _source(data: Path | bytes) -> str | bytes:
+    return data if isinstance(data, bytes) else str(data)
+
+
+def _verify(api: HfApi, repo: str, commit: str, files: Files) -> None:
+    stored = {entry.path: entry for entry in api.get_paths_info(repo, list(files), revision=commit)}
+    differing = [path for path in files if not _same(stored.get(path), files[path])]
+    if differing:
+        raise VerificationError(
+            f"{len(differing)} of {len(files)} files on the hub are not what was uploaded",
+            details=differing[:1],
+            hint="push again",
+        )
+
+
+def _same(stored: Any, data: Path | bytes) -> bool:
+    """By sha256 for large files, by git's hash of a blob for the others."""
+    lfs = getattr(stored, "lfs", None)
+    size = len(data) if isinstance(data, bytes) else data.stat().st_size
+    if stored is None or stored.size != size:
+        return False
+    hashed = hashlib.sha256() if lfs else hashlib.sha1(b"blob %d\0" % size)
+    if isinstance(data, bytes):
+        hashed.update(data)
+    else:
+        with data.open("rb") as file:
+            while piece := file.read(1 << 22):
+                hashed.update(piece)
+    return hashed.hexdigest() == (lfs.sha256 if lfs else stored.blob_id)
+
+
+def _push_error(repo: str, error: Exception) -> DecalError:
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    if status in (401, 403):
+        owner = repo.rpartition("/")[0] or "your name"
+        return DecalError(
+            f"your token may not write to `{repo}` (the hub answered {status})",
+            hint=f"log in with a token that has write access to `{owner}`: `hf auth login`",
+        )
+    if isinstance(error, errors.HfHubHTTPError) and status < 500:
+        answer = error.server_message or str(error).strip().splitlines()[0]
+        return DecalError(f"the hub refuses the push to `{repo}`: {answer[:200]}")
+    return DecalError(
+        f"the push to `{repo}` did not get through: {reason(error)}",
+        hint="check the network connection and push again; nothing is left half committed",
+    )
+
+
+# --- what is uploaded, and what is known of it ------------------------------------------------
+
+
+def _contents(target: Target, say: Callable[[str], None]) -> tuple[Files, CardFacts]:
+    folder = Path(target.path)
+    files: Files = {
+        path.name: path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _TEXTS)
+    }
+    if target.kind == "model":
+        return files | _model_files(folder), _model_facts(target)
+    _, adapter = read(folder)
+    names = (CONFIG_NAME, WEIGHTS_NAME)
+    files |= {name: folder / name for name in names}
+    if adapter.base is not None and not _on_hub(adapter.base):
+        say(f"the base is a folder on this disk: `{adapter.base}` is left out of what is uploaded")
+        files |= _without_path(adapter)
+    return files, _adapter_facts(target, adapter)
+
+
+def _on_hub(base: str) -> bool:
+    return may_be_on_hub(base) and not Path(base).exists()
+
+
+def _without_path(adapter: Adapter) -> Files:
+    """The adapter's files without the base's path; that base is known by its fingerprint still."""
+    base = {k: v for k, v in (metadata_json(adapter, BASE) or {}).items() if k != "path"}
+    metadata = {**adapter.metadata, BASE: json.dumps(base)}
+    with tempfile.TemporaryDirectory() as place:
+        out = Path(place) / "adapter"
+        replace(adapter, base=None, metadata=metadata).save_pretrained(out)
+        return {file.name: file.read_bytes() for file in out.iterdir()}
+
+
+def _model_files(folder: Path) -> Files:
+    opened = open_base(folder)
+    files: Files = {shard.path.name: shard.path for shard in opened.shards}
+    if opened.sharded:
+        files[INDEX_NAME] = folder / INDEX_NAME
+    files |= {path.name: path for path in folder.glob("*.py")}
+    files["config.json"] = folder / "config.json"
+    if "_name_or_path" in opened.config:
+        kept = {k: v for k, v in opened.config.items() if k != "_name_or_path"}
+        files["config.json"] = (json.dumps(kept, indent=2) + "\n").encode("utf-8")
+    return files
+
+
+def _model_facts(target: Target) -> CardFacts:
+    run = _run_facts(target)
+    config = open_base(target.path).config
+    named = config.get("id2label") or {}
+    classifies = any("Classification" in name for name in config.get("architectures") or [])
+    labels = tuple(str(label) for label in named.values()) if classifies else ()
+    return CardFacts(repo="", kind="model", labels=labels, **run)
+
+
+def _adapter_facts(target: Target, adapter: Adapter) -> CardFacts:
+    run = _run_facts(target)
+    base = metadata_json(adapter, BASE) or {}
+    if adapter.base is not None:
+        run["base_on_hub"] = _on_hub(adapter.base)
+        run["base"] = adapter.base if run["base_on_hub"] else Path(adapter.base).name
+        run["commit"] = base.get("commit")
+    run["settings"] = _lora_settings(adapter) | run.get("settings", {})
+    if "dtype" in base:
+        run["settings"]["computed in"] = base["dtype"]
+    written_by = adapter.metadata.get("decal.version")
+    if written_by and "versions" not in run:
+        run["versions"] = {"decal": written_by}
+    labels = json.loads(adapter.metadata.get(LABELS, "[]"))
+    quantized = _quantized(metadata_json(adapter, QUANTIZER))
+    return CardFacts(repo="", kind="adapter", labels=labels, quantized=quantized, **run)
+
+
+def _lora_settings(adapter: Adapter) -> dict[str, Value]:
+    config: LoraConfig = adapter.config
+    kinds = dict.fromkeys(module.rpartition(".")[2] for module in adapter.tensors)
+    found: dict[str, Value] = {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target modules": ", ".join(kinds),
+        "parameters": adapter.parameters,
+    }
+    if config.use_rslora:
+        found["use_rslora"] = True
+    if config.modules_to_save:
+        found["modules_to_save"] = ", ".join(config.modules_to_save)
+    return found
+
+
+def _quantized(recorded: Mapping[str, Any] | None) -> str | None:
+    if not recorded:
+        return None
+    text = str(recorded.get("format", "fewer bits"))
+    if recorded.get("block_size") and text != "int8":
+        text += f" in blocks of {recorded['block_size']}"
+    return text + (" with double quantization" if recorded.get("double") else "")
+
+
+def _run_facts(target: Target) -> dict[str, Any]:
+    """What the run folder knows: base, data, training settings, results, versions."""
+    if target.run is None:
+        return {}
+    run = RunFolder.look(target.run)
+    config: RunConfig = parse_run(run.settings, name=str(target.run / "run.yaml"))
+    info = run.info()
+    on_hub = _on_hub(config.base.path)
+    dataset = config.data.path if _on_hub(config.data.path) else None
+    data: dict[str, Value] = {"data": dataset or Path(config.data.path).name}
+    if "rows" in info:
+        data["rows"] = info["rows"]
+    data["max_length"] = config.data.max_length
+    return {
+        "base": config.base.path if on_hub else Path(config.base.path).name,
+        "base_on_hub": on_hub,
+        "dataset": dataset,
+        "data": data,
+        "settings": _train_settings(config),
+        "results": _results(info.get("result") or {}),
+        "versions": {k: info[k] for k in ("decal", "torch", "transformers") if k in info},
+    }
+
+
+def _train_settings(config: RunConfig) -> dict[str, Value]:
+    train = config.train
+    length: dict[str, Value] = {"epochs": train.epochs}
+    if train.max_steps is not None:
+        length = {"max_steps": train.max_steps}
+    method: dict[str, Value] = {}
+    if isinstance(config.adapter, FullConfig):
+        method = {"method": "full fine-tuning"}
+    return {
+        **method,
+        "lr": train.lr,
+        "schedule": train.schedule,
+        "warmup": train.warmup,
+        **length,
+        "batch_size": train.batch_size,
+        "optimizer": train.optimizer,
+        "seed": train.seed,
+    }
+
+
+def _results(result: Mapping[str, Any]) -> dict[str, Value]:
+    best = result.get("kept_step") == result.get("best_step")
+    named = {
+        "steps": result.get("kept_step") or result.get("steps"),
+        "training loss of the last step": result.get("loss"),
+        "evaluation loss": result.get("best_eval_loss" if best else "eval_loss"),
+        "accuracy": result.get("accuracy"),
+        "trained tokens": result.get("trained_tokens"),
+    }
+    return {name: value for name, value in named.items() if value is not None}
