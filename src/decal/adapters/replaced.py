@@ -53,14 +53,14 @@ class Replacement(nn.Module):
 
     Args:
         places: name inside the module -> where the base's parameter stands.
-        masters: name -> a parameter to use instead of a new copy of the base's.
+        masters: id of a base parameter -> its copy, where several modules share one; new copies
+            are added. What is shared inside the module is always copied once.
     """
 
-    def __init__(
-        self, places: Mapping[str, Place], masters: Mapping[str, nn.Parameter] | None = None
-    ):
+    def __init__(self, places: Mapping[str, Place], masters: dict[int, nn.Parameter] | None = None):
         super().__init__()
         self._places = dict(places)
+        masters = {} if masters is None else masters
         for name, place in places.items():
             *path, leaf = name.split(".")
             node: nn.Module = self
@@ -68,8 +68,9 @@ class Replacement(nn.Module):
                 if part not in node._modules:
                     node.add_module(part, nn.Module())
                 node = node._modules[part]  # type: ignore[assignment]
-            master = (masters or {}).get(name)
-            node.register_parameter(leaf, _master(place) if master is None else master)
+            if id(place.parameter) not in masters:
+                masters[id(place.parameter)] = _master(place)
+            node.register_parameter(leaf, masters[id(place.parameter)])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -34,7 +34,7 @@ from decal.adapters import (
 from decal.config import LoraConfig
 from decal.errors import AdapterError
 from decal.model.fit import AdapterLike, check_fit
-from decal.model.saving import save_adapters
+from decal.model.saving import forget_peft_keys, save_adapters, take_peft_keys
 from decal.model.slots import Slots, slots_for
 from decal.model.state import (
     Attached,
@@ -151,6 +151,10 @@ def detach(model: nn.Module, name: str | None = None) -> None:
         parameter.requires_grad_(attached.requires_grad.get(key, parameter.requires_grad))
     for key, module in model.named_modules():
         module.training = attached.training.get(key, module.training)
+    for hook in attached.hooks:
+        hook.remove()
+    if "_hf_peft_config_loaded" in model.__dict__:
+        del model._hf_peft_config_loaded
     del model.decal_adapters, model.save_pretrained
 
 
@@ -180,6 +184,12 @@ def _freeze(model: nn.Module) -> Attached:
     model.decal_adapters = attached  # type: ignore[assignment]
     # A method of this model and not a function over it: deepcopy then binds it to the copy.
     model.save_pretrained = MethodType(save_adapters, model)  # type: ignore[assignment]
+    attached.hooks = [
+        model.register_load_state_dict_pre_hook(take_peft_keys),
+        model.register_load_state_dict_post_hook(forget_peft_keys),
+    ]
+    if getattr(model, "is_quantized", False):  # transformers' word for "can be trained"
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]
     return attached
 
 
@@ -203,12 +213,8 @@ def _put_on(model: nn.Module, slots: Slots, name: str, settings: LoraConfig, see
             masters[id(bias)] = cast(nn.Parameter, layer.adapters[name].bias)
     for module, wrapper in _wrap_modules(model, slots.whole, state).items():
         places = slots.whole[module]
-        whole = [*places] != ["bias"]  # a head that is tied to an embedding gets its own copy
-        shared = {} if whole else masters
-        own = {n: shared[id(p.parameter)] for n, p in places.items() if id(p.parameter) in shared}
-        replacement = Replacement(places, own)
-        for inner, parameter in replacement.named_parameters():
-            shared.setdefault(id(places[inner].parameter), parameter)
+        # A bias that is shared stays shared; a head that is tied to an embedding gets its own copy.
+        replacement = Replacement(places, masters if [*places] == ["bias"] else None)
         wrapper.adapters[name] = replacement.train(wrapper.training)
 
 
