@@ -5,10 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import HfApi, constants, errors
 
-from decal.errors import AdapterError
-from decal.model.hub import commit_of, hub_error, may_be_on_hub, near_path, split_revision
+from decal.errors import AdapterError, BaseModelError
+from decal.model.hub import (
+    commit_of,
+    hub_error,
+    may_be_on_hub,
+    model_folder,
+    near_path,
+    split_revision,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +54,24 @@ def test_commits_are_read_from_the_cache_only(tmp_path: Path) -> None:
     assert commit_of(tmp_path / "models--a--b" / "snapshots" / commit) == commit
     assert commit_of(tmp_path / commit) is None
     assert commit_of(tmp_path / "snapshots" / "main") is None
+
+
+def test_a_silent_network_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question has a time limit, and then only the cache is looked into.
+
+    Fails when the limit is dropped: whoever swallows packets then stops decal for minutes.
+    """
+    asked: list[float | None] = []
+
+    def swallow(_: HfApi, path: str, *, revision: str | None, timeout: float | None) -> None:
+        asked.append(timeout)
+        raise errors.HTTPError("timed out")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "model_info", swallow)
+    with pytest.raises(BaseModelError, match="cannot be reached \\(timed out\\)"):
+        model_folder("nobody/nothing-at-all")
+    assert asked == [10.0]
 
 
 def test_an_error_is_told_by_what_it_came_from(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.utils import tqdm
 
 from decal.errors import AdapterError, BaseModelError, DecalError, nearest
@@ -34,6 +34,8 @@ _PICKLES = ("adapter_model.bin",)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SLOW = 2.0
 """Seconds until a progress bar is shown."""
+_ANSWER = 10.0
+"""Seconds that the hub has to answer before the cache is used as it is."""
 
 
 class _LateBar(tqdm):
@@ -109,16 +111,38 @@ def commit_of(folder: Path) -> str | None:
 
 
 def _snapshot(path: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    silence = _silence(path, revision)
     ignored = [p for p in _OTHER_COPIES if p not in patterns]
-    return Path(
-        snapshot_download(
+    try:
+        found = snapshot_download(
             path,
             revision=revision,
             allow_patterns=list(patterns),
             ignore_patterns=ignored,
             tqdm_class=_LateBar,
+            local_files_only=silence is not None,
         )
-    )
+    except errors.LocalEntryNotFoundError as error:
+        raise error from silence or error.__cause__
+    return Path(found)
+
+
+def _silence(path: str, revision: str | None) -> Exception | None:
+    """Why the hub does not answer; None if it does, or need not be asked.
+
+    snapshot_download would wait for minutes where a network swallows what is sent.
+    """
+    if constants.HF_HUB_OFFLINE or _COMMIT.fullmatch(revision or ""):
+        return None
+    try:
+        HfApi().model_info(path, revision=revision, timeout=_ANSWER)
+    except errors.HfHubHTTPError:
+        return None  # an answer, which snapshot_download gets too
+    except Exception as error:
+        if not on_the_way(error):
+            raise
+        return error
+    return None
 
 
 def hub_error(
