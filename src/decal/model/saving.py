@@ -4,13 +4,20 @@ transformers would write `q_proj.base_layer.weight`, which loads as a base with 
 peft, the adapter `default` goes into the folder itself and others into sub-folders of their names;
 beside them may stand what else a trainer writes there. Each file is put in place whole.
 
+transformers' Trainer saves through here and loads a checkpoint by itself, from a file called
+`model.safetensors` whose tensors it hands to `load_state_dict`. So a folder called as its
+checkpoints are gets that name as a second link to the adapter in use, and the model takes PEFT's
+keys in `load_state_dict`: all of one adapter's, or an error.
+
 What belongs into an adapter's metadata (the base's fingerprint, its quantizer) is known to whoever
 loaded the base and left `decal_describe` on the model: a function of model and adapter name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+import shutil
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +26,14 @@ from torch import Tensor, nn
 
 from decal.errors import AdapterError
 from decal.model.adapter import Adapter
-from decal.model.state import adapters_of, known, require
+from decal.model.state import adapters_of, known, load_state, require
+from decal.store.peft import WEIGHTS_NAME
+from decal.store.peft_keys import PREFIX, arranged
+from decal.store.tensorfile import TensorSpec, dtype_name
 
 MAIN = "default"
 """The adapter that lies in the folder itself."""
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
 def save_adapters(
@@ -68,6 +79,59 @@ def save_adapters(
         out = Path(save_directory) if name == MAIN else Path(save_directory) / name
         out.mkdir(parents=True, exist_ok=True)
         describe(model, name).save_into(out)
+        if _CHECKPOINT.fullmatch(Path(save_directory).name) and [name] == _in_use(model):
+            _link(out / WEIGHTS_NAME, Path(save_directory) / "model.safetensors")
+
+
+def take_peft_keys(model: nn.Module, state_dict: MutableMapping[str, Tensor], *_: object) -> None:
+    """Hook before load_state_dict: PEFT's keys in it are loaded into the adapter in use.
+
+    Raises:
+        AdapterError: they are not the adapter's, or it is not clear which adapter is meant.
+    """
+    given = {key: state_dict.pop(key) for key in list(state_dict) if key.startswith(PREFIX)}
+    if not given:
+        return
+    names = _in_use(model)
+    if len(names) != 1:
+        raise AdapterError(
+            f"{len(names)} adapters are in use, one of them is to be loaded",
+            hint="use(model, name) first",
+        )
+    specs = {k: TensorSpec(dtype_name(t.dtype), tuple(t.shape)) for k, t in given.items()}
+    contents = arranged(specs)
+    if contents.problems:
+        key, problem = contents.problems[0]
+        raise AdapterError(
+            f"{len(contents.problems)} of {len(given)} tensors are not an adapter's",
+            details=[f"{key}: {problem}"],
+        )
+    tensors = {
+        module: (given[pair.A], given[pair.B], given[pair.bias] if pair.bias else None)
+        for module, pair in contents.pairs.items()
+    }
+    full = {name: given[key] for name, key in contents.full.items()}
+    load_state(model, names[0], tensors, full)
+    require(model).loaded = True
+
+
+def forget_peft_keys(model: nn.Module, incompatible: Any) -> None:
+    """Hook after load_state_dict: where an adapter was loaded, nothing of the base is missing."""
+    if require(model).loaded:
+        require(model).loaded = False
+        incompatible.missing_keys.clear()
+
+
+def _in_use(model: nn.Module) -> list[str]:
+    return [name for name, _ in require(model).state.routing.weights]
+
+
+def _link(source: Path, link: Path) -> None:
+    link.unlink(missing_ok=True)
+    try:
+        link.hardlink_to(source)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, link)
 
 
 def _check_state_dict(model: nn.Module, given: Mapping[str, Tensor]) -> None:

@@ -38,6 +38,10 @@ class Attached:
     training: dict[str, bool]
     state: RoutingState = field(default_factory=RoutingState)
     configs: dict[str, LoraConfig] = field(default_factory=dict)
+    hooks: list[Any] = field(default_factory=list)
+    """Handles of the hooks that attach put on the model."""
+    loaded: bool = False
+    """Whether the `load_state_dict` that is running has loaded an adapter."""
 
 
 def attached_to(model: nn.Module) -> Attached | None:
