@@ -362,3 +362,48 @@ def test_init_prints(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("# A run of decal")
     assert err == ""
     assert not Path("-").exists()
+
+
+DIFFERENCE = {
+    "kind": "adapter",
+    "a": "x",
+    "b": "y",
+    "identical": False,
+    "config": [{"key": "r", "a": 4, "b": 6}],
+    "only_in_a": ["l.v"],
+    "only_in_b": [],
+    "shapes": [],
+    "compared": 30,
+    "different": [{"name": f"l.{i}", "relative": 0.25} for i in range(12)],
+    "relative": 0.25,
+}
+
+
+def test_diff(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when a difference exits with 0, the list has no end, or --all is dropped."""
+    called = verb("diff", DIFFERENCE)
+    assert main(["diff", "x", "y"]) == 1
+    assert called.args == ("x", "y")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:6] == [
+        "a: x",
+        "b: y",
+        "differing settings: 1",
+        "  key  a  b",
+        "  r    4  6",
+        "modules only in a: 1",
+    ]
+    assert shown[8] == "differing modules: 12 of 30 in both"
+    assert shown[-2] == "  (and 2 more; --all lists them)"
+    assert shown[-1] == "together they differ by 0.25 of their norm"
+    assert main(["diff", "x", "y", "--all"]) == 1
+    assert "l.11 " in capsys.readouterr().out
+    assert main(["diff", "x", "y", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out) == DIFFERENCE
+
+
+def test_diff_of_equal_ones(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails when equality exits with anything but 0."""
+    verb("diff", {"kind": "model", "identical": True, "compared": 1234})
+    assert main(["diff", "x", "y"]) == 0
+    assert capsys.readouterr().out == "identical: 1,234 tensors, settings included\n"

@@ -45,31 +45,24 @@ def _show(found: dict[str, Any], most: int | None) -> None:
         return
     console.write(f"a: {found['a']}")
     console.write(f"b: {found['b']}")
-    _rows(_headline(found["config"], "settings differ"), found["config"], most)
-    files = found.get("files", [])
-    _rows(_headline(files, "other files differ (sha256)"), files, most)
+    _rows("differing settings", found["config"], most)
+    _rows("differing other files (sha256)", found.get("files", []), most)
     for side in ("a", "b"):
         only = [{"name": name} for name in found[f"only_in_{side}"]]
-        _rows(_headline(only, f"{what} only in {side}"), only, most)
-    _rows(_headline(found["shapes"], f"{what} of different shapes"), found["shapes"], most)
-    dtypes = found.get("dtypes", [])
-    _rows(_headline(dtypes, f"{what} of different dtypes"), dtypes, most)
-    count, relative = len(found["different"]), found["relative"]
-    far = "" if relative is None else f"; relative difference {relative:.3g}"
-    console.write(f"{count:,} of {found['compared']:,} {what} in both differ{far}")
-    _rows(None, found["different"], most)
+        _rows(f"{what} only in {side}", only, most)
+    _rows(f"{what} of different shapes", found["shapes"], most)
+    _rows(f"{what} of different dtypes", found.get("dtypes", []), most)
+    of = f" of {found['compared']:,} in both"
+    _rows(f"differing {what}", found["different"], most, of)
+    if found["relative"] is not None:
+        console.write(f"together they differ by {found['relative']:.3g} of their norm")
 
 
-def _headline(rows: list[Any], what: str) -> str:
-    return f"{len(rows):,} {what}"
-
-
-def _rows(headline: str | None, rows: list[dict[str, Any]], most: int | None) -> None:
+def _rows(headline: str, rows: list[dict[str, Any]], most: int | None, of: str = "") -> None:
     """A heading and the first rows below it; nothing at all where there are no rows."""
     if not rows:
         return
-    if headline is not None:
-        console.write(headline)
+    console.write(f"{headline}: {len(rows):,}{of}")
     shown = rows[:most]
     console.table([{k: _short(v) for k, v in row.items()} for row in shown], indent=2)
     if len(rows) > len(shown):
