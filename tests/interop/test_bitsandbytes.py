@@ -11,8 +11,15 @@ from torch import Tensor
 from decal.errors import QuantError
 from decal.kernels import ops
 from decal.quant import Packed, Recipe, quant_format
-from decal.quant.bnb import from_bnb, to_bnb
+from decal.quant.bnb import (
+    bnb_shapes,
+    describe_quantization,
+    from_bnb,
+    quantization_config,
+    to_bnb,
+)
 from decal.quant.codebook import BLOCK_SIZES
+from decal.quant.identity import identity
 from decal.quant.linear import QuantLinear
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -84,15 +91,22 @@ def test_values_on_the_midpoints_round_alike(columns: int) -> None:
         assert torch.equal(packed.parts["weight_packed"], codes)
 
 
-@pytest.mark.parametrize("block_size", [32, 64, 512])
-def test_fp4_codes_are_equal(block_size: int) -> None:
-    """The op takes codebooks that do not ascend and hold two zeros. Fails if codes are not mapped
-    back after sorting."""
-    weight = sample((33, 640), torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_fp4_codes_are_equal(shape: tuple[int, int], block_size: int, dtype: torch.dtype) -> None:
+    """A codebook that does not ascend and holds two zeros. Fails if codes are not mapped back after
+    sorting, or a literal is rounded otherwise."""
+    fp4, weight = quant_format("fp4"), sample(shape, dtype)
     codes, state = F.quantize_4bit(weight, blocksize=block_size, quant_type="fp4")
-    ours, absmax = ops.quantize_4bit(weight.view(-1), state.code, block_size)
-    assert torch.equal(ours, codes)
-    assert torch.equal(absmax, state.absmax)
+    packed = fp4.quantize(weight, Recipe(format="fp4", block_size=block_size, double=False))
+    assert torch.equal(fp4.code(torch.device("cpu")), state.code)  # type: ignore[attr-defined]
+    assert torch.equal(packed.parts["weight_packed"], codes)
+    assert torch.equal(packed.parts["absmax"], state.absmax)
+    double = fp4.quantize(weight, Recipe(format="fp4", block_size=block_size))
+    assert torch.equal(double.parts["weight_packed"], codes)
+    if shape[1] % block_size == 0:
+        assert torch.equal(fp4.dequantize(packed, dtype), F.dequantize_4bit(codes, state))
 
 
 @pytest.mark.parametrize("shape", [(64, 192), (257, 640), (512, 2048)])
@@ -136,18 +150,21 @@ def state_of(layer) -> dict[str, Tensor]:
     return {f"{NAME}.{key}": value for key, value in layer.state_dict().items()}
 
 
+@pytest.mark.parametrize("fmt", ["nf4", "fp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("double", [False, True])
-def test_their_checkpoint_is_read(double: bool, block_size: int, dtype: torch.dtype) -> None:
+def test_their_checkpoint_is_read(
+    double: bool, block_size: int, dtype: torch.dtype, fmt: str
+) -> None:
     """A Linear4bit's state dict gives their dequantized weight bit for bit; a layer made of it
     computes with it. Fails if the offset is not added, or nested scales are taken as scales."""
-    layer = bnb_layer(double, block_size, dtype)
+    layer = bnb_layer(double, block_size, dtype, fmt)
     packed = from_bnb(NAME, {**state_of(layer), "other.weight": torch.zeros(1)})
-    assert packed.recipe == Recipe(format="nf4", block_size=block_size, double=double)
+    assert packed.recipe == Recipe(format=fmt, block_size=block_size, double=double)
     assert (packed.shape, packed.dtype) == ((33, 640), dtype)
     theirs = F.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-    assert torch.equal(NF4.dequantize(packed, dtype), theirs)
+    assert torch.equal(quant_format(fmt).dequantize(packed, dtype), theirs)
     ours = QuantLinear(packed, layer.bias.detach(), dtype)
     x = torch.randn(2, 640, dtype=dtype)
     assert torch.equal(ours(x), torch.nn.functional.linear(x, theirs) + layer.bias)
@@ -204,6 +221,70 @@ def test_another_storage_dtype_is_viewed_as_bytes(storage: torch.dtype) -> None:
     assert torch.equal(NF4.dequantize(packed, torch.bfloat16), F.dequantize_4bit(codes, state))
 
 
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("fmt", ["nf4", "fp4", "int8"])
+def test_announced_shapes_are_those_that_are_written(fmt: str, double: bool) -> None:
+    """A file's header comes before its tensors. Fails if the padded JSON has another length, or is
+    not readable any more."""
+    recipe = Recipe(format=fmt, block_size=128, double=double)
+    packed = quant_format(fmt).quantize(sample((33, 640), torch.bfloat16), recipe)
+    tensors = to_bnb(NAME, packed, padded=True)
+    announced = bnb_shapes(NAME, (33, 640), recipe, packed.dtype)
+    assert {key: (tuple(t.shape), t.dtype) for key, t in tensors.items()} == announced
+    back = from_bnb(NAME, tensors)
+    assert all(torch.equal(part, back.parts[key]) for key, part in packed.parts.items())
+
+
+def int8_layer(dtype: torch.dtype, bias: bool = True, columns: int = 640):
+    linear = torch.nn.Linear(columns, 33, bias=bias, dtype=dtype)
+    linear.weight.data[2] = 0
+    layer = bnb.nn.Linear8bitLt(columns, 33, bias=bias, has_fp16_weights=False, threshold=6.0)
+    layer.load_state_dict(linear.state_dict())
+    layer.bias = linear.bias
+    ours = QuantLinear.from_linear(linear, Recipe(format="int8"))
+    return layer.to("cpu").eval(), ours.eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_codes_and_scales_are_equal(dtype: torch.dtype) -> None:
+    """Bit for bit, through their checkpoint too. Fails if the weight is not rounded to float16
+    first."""
+    layer, ours = int8_layer(dtype)
+    stored = state_of(layer)
+    assert set(stored) == {f"{NAME}.{k}" for k in ("weight", "SCB", "weight_format", "bias")}
+    packed = from_bnb(NAME, stored)
+    assert packed.recipe == Recipe(format="int8")
+    for key, part in packed.parts.items():
+        assert torch.equal(part, ours.packed.parts[key]), key
+    assert identity([("a", packed)]) == identity([("a", ours.packed)])
+    theirs = F.int8_vectorwise_dequant(stored[f"{NAME}.weight"], stored[f"{NAME}.SCB"])
+    assert torch.equal(ours.float().weight(), theirs)
+    back = to_bnb(NAME, packed)
+    assert all(torch.equal(back[key], stored[key]) for key in back)
+    assert {*back, f"{NAME}.bias"} == set(stored)
+
+
+@pytest.mark.filterwarnings("ignore:.*inputs will be cast.*")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("outliers", [0, 1, 7])
+@pytest.mark.parametrize("rows", [(1,), (9,), (2, 5)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_inference_is_theirs(
+    dtype: torch.dtype, rows: tuple[int, ...], outliers: int, bias: bool
+) -> None:
+    """Linear8bitLt in evaluation: outputs differ by roundings of the output's dtype, taken thrice
+    (product, outliers, bias), and by their factor 6.200124e-5 for 1/127**2, which is 1.8e-5 too
+    large. Fails if outlier columns are not kept at 16 bits, are counted twice, or if the rest of an
+    outlier's row is scaled by it."""
+    layer, ours = int8_layer(dtype, bias, columns=1100)
+    x = torch.randn(*rows, 1100).clamp(-5.9, 5.9).to(dtype)
+    x[..., 0, torch.arange(outliers) * 31] = 11.25
+    with torch.no_grad():
+        theirs, y = layer(x), ours(x)
+    size = theirs.float().abs().max() + 1
+    assert (y.float() - theirs.float()).abs().max() <= 3 * size * max(torch.finfo(dtype).eps, 2e-5)
+
+
 def spoiled(**changes: object) -> dict[str, Tensor]:
     """A good checkpoint with fields of its JSON changed, or tensors replaced or (None) removed."""
     tensors = to_bnb(NAME, NF4.quantize(sample((33, 77), torch.float32), Recipe(format="nf4")))
@@ -241,6 +322,37 @@ def test_a_checkpoint_that_contradicts_itself_is_refused(what: str) -> None:
     with pytest.raises(QuantError) as caught:
         from_bnb(NAME, spoiled(**changes))
     assert caught.match(message)
+
+
+def test_int8_checkpoints_that_contradict_themselves_are_refused() -> None:
+    """Fails if codes in the order of one GPU's kernels are read as rows, or scales are those of
+    another weight."""
+    good = to_bnb(NAME, quant_format("int8").quantize(torch.randn(5, 8), Recipe(format="int8")))
+    bad = {
+        "order made for one kind of GPU": {"weight_format": torch.tensor(1, dtype=torch.uint8)},
+        "holds 4 scales": {"SCB": torch.ones(4)},
+        "no int8 matrix": {"weight": torch.ones(5, 8)},
+    }
+    for message, change in bad.items():
+        with pytest.raises(QuantError, match=message):
+            from_bnb(NAME, good | {f"{NAME}.{key}": value for key, value in change.items()})
+
+
+def test_the_config_is_described() -> None:
+    """Fails if another tool's config is taken for bitsandbytes', or int8 for 4 bits."""
+    for fmt in ("nf4", "fp4"):
+        config = quantization_config(Recipe(format=fmt), torch.bfloat16, ["lm_head"])
+        assert describe_quantization({"quantization_config": config}) == {
+            "format": fmt,
+            "double": True,
+            "compute_dtype": "bfloat16",
+            "skip_modules": ["lm_head"],
+        }
+    config = quantization_config(Recipe(format="int8"), torch.bfloat16, [])
+    int8 = {"format": "int8", "skip_modules": []}
+    assert describe_quantization({"quantization_config": config}) == int8
+    assert describe_quantization({"quantization_config": {"quant_method": "gptq"}}) is None
+    assert describe_quantization({}) is None
 
 
 def test_other_formats_are_refused_by_name() -> None:
