@@ -102,7 +102,6 @@ def test_tool_calls_weights_and_parts(read: Any) -> None:
     decoded = {"type": "function", "function": {"name": "find", "arguments": {"id": 7}}}
     assert example.messages[1].as_dict() == {
         "role": "assistant",
-        "content": None,
         "tool_calls": [decoded],
     }
     assert example.messages[1].as_dict(decode_arguments=False)["tool_calls"] == [CALL]

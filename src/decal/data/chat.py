@@ -151,7 +151,7 @@ class Encoder:
             except TEMPLATE_ERRORS:
                 return None
 
-        row = Rendered(text, messages, tokens.marks, runs, example.tools or ())
+        row = Rendered(text, messages, tokens.marks, runs)
         spans = find_spans(row, render, self._turns(messages))
         trained = np.zeros(len(tokens.ids), dtype=np.bool_)
         for start, end in spans:
@@ -173,15 +173,27 @@ class Encoder:
         for decode in (True, False):
             try:
                 text = self._template.render(messages, example.tools, decode_arguments=decode)
-                return text, decode
             except TEMPLATE_ERRORS as error:
                 refusal = refusal or error
+                continue
+            self._require_tools(text, messages, example, decode)
+            return text, decode
         turn = self._template.refused_turn(messages, example.tools)
         raise RowError(
             "refused by the chat template",
             f"the chat template refuses the row at message {turn} ({messages[turn - 1].role}): "
             f"{refusal}",
         ) from refusal
+
+    def _require_tools(
+        self, text: str, messages: tuple[Message, ...], example: Example, decode: bool
+    ) -> None:
+        if example.tools and text == self._template.render(messages, decode_arguments=decode):
+            raise RowError(
+                "tools that the chat template drops",
+                f"the chat template leaves out the row's {len(example.tools)} `tools`",
+                hint="use a base whose chat template writes tools, or remove the column",
+            )
 
     def _turns(self, messages: Sequence[Message]) -> list[int]:
         """Indices of the turns to train."""

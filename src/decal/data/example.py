@@ -27,7 +27,8 @@ class Message:
     """False for a turn of the assistant with `weight: 0`: it is part of the prompt only."""
 
     def as_dict(self, *, decode_arguments: bool = True) -> dict[str, Any]:
-        """The message as chat templates take it.
+        """The message as chat templates take it; without the content where the row has null, or
+        many a template would write `None`.
 
         Args:
             decode_arguments: hand on the arguments of tool calls as objects where the row has JSON
@@ -37,7 +38,8 @@ class Message:
         extra = dict(self.extra)
         if decode_arguments and "tool_calls" in extra:
             extra["tool_calls"] = [_decoded(call) for call in extra["tool_calls"]]
-        return {"role": self.role, "content": self.content, **extra}
+        message = {"role": self.role, "content": self.content, **extra}
+        return {key: value for key, value in message.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from decal.data.example import Message
 from decal.data.messages import tool_name
@@ -61,8 +60,6 @@ HINT_REWRITTEN = (
 THINKING = ("reasoning_content", "reasoning", "thinking")
 """Keys of a message that hold what the model thought before its content."""
 
-HINT_DROPPED = "use a base whose chat template has them, or leave them out of the row"
-
 
 @dataclass(frozen=True)
 class Rendered:
@@ -74,8 +71,6 @@ class Rendered:
     """Added and special tokens in the text, in order."""
     runs: Sequence[Span] | None
     """Runs of characters inside generation markers; None where the template has no markers."""
-    tools: Sequence[Any] = ()
-    """Descriptions of tools that the template was given."""
 
 
 def find_spans(row: Rendered, render: Render, turns: Sequence[int]) -> list[Span]:
@@ -103,13 +98,6 @@ def find_spans(row: Rendered, render: Render, turns: Sequence[int]) -> list[Span
 def _require_kept(row: Rendered) -> None:
     """Every prompt message must occur in the text: templates skip roles they do not know."""
     text = _squeeze(row.text)
-    for tool in row.tools:
-        if (name := tool_name(tool)) and name not in row.text:
-            raise RowError(
-                "tools that the chat template drops",
-                f"the tool `{name}` is not in the rendered chat",
-                hint=HINT_DROPPED,
-            )
     for i, message in enumerate(row.messages):
         if message.role != "assistant" and not _occurs(message.content, text):
             raise RowError(

@@ -2,11 +2,12 @@
 
 Knows messages, not tokens. Two things are done to templates besides running them:
 
-- A template that writes today's date (through `strftime_now`) gets the same day in every run.
-  Otherwise the tokens of a row would depend on the day it is encoded, and a run that is resumed
-  tomorrow would train on other rows than today.
+- A template that writes today's date (through `strftime_now`) gets the same day in every run; its
+  text is changed for that, because transformers takes no functions for templates. Otherwise the
+  tokens of a row would depend on the day it is encoded, and a run that is resumed tomorrow would
+  train on other rows than today.
 - Arguments of tool calls go in as objects, and as the row has them where the template refuses
-  objects; null contents go in as empty text where the template would write `None`.
+  objects.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from datetime import datetime
-from functools import cached_property
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -27,13 +27,16 @@ GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError)
 """What running a template on a row can raise: its own refusals, and slips in its expressions."""
 
+TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
+"""How templates ask for the date, with the format as its text."""
+
 DAY = datetime(2025, 1, 1)
 """The day that templates are told, always."""
 
 DEFAULT_TEMPLATE = (
     "{% for message in messages %}### {{ message.role | capitalize }}:\n"
     "{{ message.content | trim }}"
-    "{% if message.role == 'assistant' %}{{ eos_token }}{% endif %}\n\n"
+    "{{ eos_token if message.role == 'assistant' else '' }}\n\n"
     "{% endfor %}{% if add_generation_prompt %}### Assistant:\n{% endif %}"
 )
 """For bases without a template of their own. It writes
@@ -62,7 +65,7 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             bos = "{{ bos_token }}" if own_bos(tokenizer) is not None else ""
             self._default = bos + DEFAULT_TEMPLATE
-        self._dated = "strftime_now" in self._text(None)
+        self._dated = self._dating(None) is not None
 
     @property
     def default(self) -> str | None:
@@ -137,26 +140,15 @@ class ChatTemplate:
         options: dict[str, Any] = {"tools": list(tools)} if tools else {}
         if self._default is not None:
             options["chat_template"] = self._default
-        if self._dated:
-            options["strftime_now"] = DAY.strftime
+        elif (undated := self._dating(tools)) is not None:
+            options["chat_template"] = undated
         return options
 
-    def _chat(self, messages: Sequence[Message], decode_arguments: bool) -> list[dict[str, Any]]:
-        chat = [message.as_dict(decode_arguments=decode_arguments) for message in messages]
-        if any(turn["content"] is None for turn in chat) and self._writes_null:
-            chat = [{**turn, "content": turn["content"] or ""} for turn in chat]
-        return chat
+    def _dating(self, tools: Sequence[Any] | None) -> str | None:
+        """The template with the date of DAY in it; None where it asks for no date."""
+        text = self._text(tools)
+        undated = TODAY.sub(lambda found: repr(DAY.strftime(found[2])), text)
+        return undated if undated != text else None
 
-    @cached_property
-    def _writes_null(self) -> bool:
-        """Whether the template writes `None` for a message that only calls a tool."""
-        call = {"type": "function", "function": {"name": "f", "arguments": {}}}
-        asked = {"role": "user", "content": "a"}
-        answer = {"role": "assistant", "content": None, "tool_calls": [call]}
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [asked, answer], tokenize=False, **self._options(None)
-            )
-        except TEMPLATE_ERRORS:
-            return False
-        return "None" in text
+    def _chat(self, messages: Sequence[Message], decode_arguments: bool) -> list[dict[str, Any]]:
+        return [message.as_dict(decode_arguments=decode_arguments) for message in messages]
