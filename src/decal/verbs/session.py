@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from decal.adapters import DropoutKey, Routing, current_routing, routed
@@ -24,7 +25,7 @@ from decal.model.inject import adapters_of, attach, trainable_line
 from decal.model.rates import learning_rates
 from decal.model.size import bits_per_weight
 from decal.model.unquantized import left_unquantized
-from decal.objectives import OBJECTIVES
+from decal.objectives import OBJECTIVES, classify
 from decal.train.loop import total_steps
 from decal.verbs.load import check_fingerprint, labels_of, load_base
 from decal.verbs.rows import Say, encode, read_run_rows
@@ -71,6 +72,20 @@ class Session:
             with routed(self._routing(batch, epoch, attention.head_rows(batch, keep))):
                 logits = attention.forward(self.model, batch, keep)
         return objective.loss(logits, objective.targets(batch)), batch.trained
+
+    @torch.no_grad()
+    def scores(self) -> dict[str, float]:
+        """`eval_accuracy` and `eval_macro_f1` of a classifier with evaluation rows, or nothing."""
+        if not OBJECTIVES[self.config.objective].POOLS or not self.eval_batches:
+            return {}
+        predicted: list[int] = []
+        labels: list[int] = []
+        for batch in self.eval_batches:
+            logits = heads.forward(self.model, batch.to(self.model.device))
+            predicted += logits.argmax(dim=-1).tolist()
+            labels += classify.targets(batch).tolist()
+        found = classify.scores(predicted, labels)
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def _routing(self, batch: Batch, epoch: int | None, head: Tensor) -> Routing | None:
         """Adapter and dropout of one pass; `head` are the rows of the batch that reach the head."""

@@ -43,6 +43,8 @@ class RunResult:
     weights: Path
     """The adapter folder, or the model folder of a full fine-tuning."""
     result: Result
+    scores: dict[str, float]
+    """`eval_accuracy` and `eval_macro_f1` of a classifier; empty for others."""
     trainable_params: int
     total_params: int
     session: Session
@@ -56,6 +58,7 @@ class RunResult:
             "trainable_params": self.trainable_params,
             "total_params": self.total_params,
             **_result_info(self.result),
+            **self.scores,
         }
 
 
@@ -105,12 +108,14 @@ def train(
         session.model.eval()
         weights = _save(session, run)
         write_bytes(run.path / "loss.png", loss_png(run.metrics(), run.path.name))
-        run.write_info({**run.info(), "result": _result_info(result)})
+        scores = session.scores()
+        run.write_info({**run.info(), "result": {**_result_info(result), **scores}})
     trainable, total = trainable_parameters(session.model)
     return RunResult(
         run=run.path,
         weights=weights,
         result=result,
+        scores=scores,
         trainable_params=trainable,
         total_params=total,
         session=session,
@@ -225,6 +230,7 @@ def _job(session: Session, run: RunFolder, observe: Callable[[Event], None], res
         run=run,
         observe=observe,
         rates=session.rates,
+        whole_model=isinstance(session.config.adapter, FullConfig),
         scale_loss=session.config.base.dtype == "float16",
         resume=resume,
     )
