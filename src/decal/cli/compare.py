@@ -16,7 +16,9 @@ COLUMN = 24
 
 Adapters = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[BASE] [NAME=]ADAPTER...", help="Runs or adapter folders."),
+    typer.Argument(
+        metavar="[BASE] [NAME=]ADAPTER...", help="Folders, or hub ids owner/name[@revision]."
+    ),
 ]
 More = Annotated[
     list[str] | None, typer.Option("--adapter", help="NAME=ADAPTER, the same in another place.")

@@ -12,7 +12,7 @@ SHOWN = 10
 
 
 def diff(
-    a: Annotated[str, typer.Argument(help="A run, adapter, model folder or hub id.")],
+    a: Annotated[str, typer.Argument(help="Folder or hub id, owner/name[@revision].")],
     b: Annotated[str, typer.Argument(help="Another one of the same kind.")],
     everything: Annotated[
         bool, typer.Option("--all", help=f"List all that differ, not the first {SHOWN}.")

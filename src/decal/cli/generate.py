@@ -11,7 +11,9 @@ import typer
 from decal.cli import console
 from decal.errors import DataError, DecalError, Interrupted
 
-Target = Annotated[str, typer.Argument(help="A run, an adapter, a model folder or a hub id.")]
+Target = Annotated[
+    str, typer.Argument(help="A run, adapter or model: folder or hub id, owner/name[@revision].")
+]
 Prompt = Annotated[str | None, typer.Argument(help="The prompt; `-` reads it from stdin.")]
 File = Annotated[Path | None, typer.Option(help="Read the prompt from this text file.")]
 Adapter = Annotated[str | None, typer.Option(help="An adapter to put on TARGET.")]

@@ -10,7 +10,7 @@ from decal.cli import console
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A run, adapter or model folder.")],
+    path: Annotated[str, typer.Argument(help="Folder or hub id, owner/name[@revision].")],
     as_json: Annotated[bool, typer.Option("--json", help="JSON for programs.")] = False,
 ) -> None:
     """\b
