@@ -18,7 +18,8 @@ from transformers import (
 from decal.adapters.base import LowRank
 from decal.store.base import open_base
 from decal.store.peft import read_adapter
-from decal.weights.delta import Deltas, FileDelta
+from decal.weights.changes import Changes
+from decal.weights.delta import FileDelta
 from decal.weights.merge import merge_files
 
 peft = pytest.importorskip("peft")
@@ -61,7 +62,7 @@ def _adapter(folder: Path, base: Path, targets: str | list[str], **settings: obj
     peft.get_peft_model(_load(base), config).save_pretrained(folder)
 
 
-def _deltas(adapter: Path, *, transposed: bool = False, prefix: str = "") -> Deltas:
+def _deltas(adapter: Path, *, transposed: bool = False, prefix: str = "") -> Changes:
     read = read_adapter(adapter)
     found = {
         f"{prefix}{module}.weight": FileDelta(
@@ -69,7 +70,7 @@ def _deltas(adapter: Path, *, transposed: bool = False, prefix: str = "") -> Del
         )
         for module, pair in read.tensors.items()
     }
-    return Deltas(found, str(adapter))
+    return Changes(deltas=found, name=str(adapter))
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -151,7 +152,9 @@ def test_delta_on_a_tied_head_unties_it(tmp_path: Path) -> None:
         if hasattr(module, "lora_A")
     }
     report = merge_files(
-        open_base(base), out, Deltas(found), tied={"lm_head.weight": "model.embed_tokens.weight"}
+        open_base(base),
+        out,
+        Changes(deltas=found, tied={"lm_head.weight": "model.embed_tokens.weight"}),
     )
     assert report.untied == ("lm_head.weight",)
     merged = _load(out)

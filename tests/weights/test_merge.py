@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from decal.store.base import open_base
 from decal.store.fingerprint import fingerprint
 from decal.store.tensorfile import hash_entry
 from decal.weights import merge as module
-from decal.weights.delta import Deltas, FileDelta
+from decal.weights.changes import Changes, Dequantized
+from decal.weights.delta import FileDelta
 from decal.weights.merge import MergeDtype, merge_files
 
 SCALE = 7 / 3
@@ -76,8 +78,9 @@ def _delta(out: int, inner: int, size: float = 0.1) -> FileDelta:
     return FileDelta(LowRank(size * torch.randn(3, inner), torch.randn(out, 3), SCALE, 0.5))
 
 
-def _deltas() -> Deltas:
-    return Deltas({"a.weight": _delta(5, 9), "b.weight": _delta(9, 5)}, "runs/x", "org/base")
+def _deltas(deltas: dict[str, FileDelta] | None = None, **more: Any) -> Changes:
+    chosen = {"a.weight": _delta(5, 9), "b.weight": _delta(9, 5)} if deltas is None else deltas
+    return Changes(**{"deltas": chosen, "name": "runs/x", "trained_on": "org/base", **more})
 
 
 def _out(folder: Path) -> dict[str, Tensor]:
@@ -85,7 +88,7 @@ def _out(folder: Path) -> dict[str, Tensor]:
 
 
 def _update(delta: FileDelta) -> Tensor:
-    A, B, scale, _ = delta.low_rank
+    A, B, scale, *_ = delta.low_rank
     return (B @ A) * scale
 
 
@@ -98,8 +101,8 @@ def test_targeted_change_and_nothing_else_does(tmp_path: Path) -> None:
     assert after.keys() == before.keys()
     for key, tensor in after.items():
         expected = before[key]
-        if key in deltas.by_key:
-            expected = (before[key].float() + _update(deltas.by_key[key])).bfloat16()
+        if key in deltas.deltas:
+            expected = (before[key].float() + _update(deltas.deltas[key])).bfloat16()
             assert not torch.equal(tensor, before[key])
         assert tensor.dtype == before[key].dtype
         assert torch.equal(tensor, expected), key
@@ -108,7 +111,7 @@ def test_targeted_change_and_nothing_else_does(tmp_path: Path) -> None:
     assert report.survival == pytest.approx(1, abs=0.05)
     assert report.nbytes == sum(t.nbytes for t in before.values())
     ours, theirs = open_base(tmp_path / "out"), open_base(tmp_path / "base")
-    for key in set(before) - set(deltas.by_key):
+    for key in set(before) - set(deltas.deltas):
         assert hash_entry(ours.tensors[key]) == hash_entry(theirs.tensors[key])
     assert report.fingerprint == fingerprint(ours) != fingerprint(theirs)
 
@@ -154,8 +157,8 @@ def test_dtypes(tmp_path: Path, name: MergeDtype, dtype: torch.dtype) -> None:
     report = merge_files(open_base(tmp_path / "base"), tmp_path / "out", deltas, dtype=name)
     for key, tensor in _out(tmp_path / "out").items():
         expected = before[key]
-        if key in deltas.by_key:
-            expected = expected.float() + _update(deltas.by_key[key])
+        if key in deltas.deltas:
+            expected = expected.float() + _update(deltas.deltas[key])
         if key != "ids":
             expected = expected.to(dtype)
         assert tensor.dtype == expected.dtype
@@ -175,11 +178,10 @@ def test_dequantized_layers_without_a_delta_are_replaced_too(tmp_path: Path) -> 
     report = merge_files(
         open_base(tmp_path / "base"),
         tmp_path / "out",
-        deltas,
-        dequantized=dict.fromkeys(["a.weight", "c.weight"], coarse),
+        replace(deltas, dequantized=dict.fromkeys(["a.weight", "c.weight"], Dequantized(coarse))),
     )
     after = _out(tmp_path / "out")
-    update = {key: _update(delta) for key, delta in deltas.by_key.items()}
+    update = {key: _update(delta) for key, delta in deltas.deltas.items()}
     a = (coarse(before["a.weight"]) + update["a.weight"]).bfloat16()
     b = (before["b.weight"].float() + update["b.weight"]).bfloat16()
     assert torch.equal(after["a.weight"], a)
@@ -190,8 +192,9 @@ def test_dequantized_layers_without_a_delta_are_replaced_too(tmp_path: Path) -> 
         merge_files(
             open_base(tmp_path / "base"),
             tmp_path / "out2",
-            deltas,
-            dequantized=dict.fromkeys(["a.weight", "q.weight"], coarse),
+            replace(
+                deltas, dequantized=dict.fromkeys(["a.weight", "q.weight"], Dequantized(coarse))
+            ),
         )
 
 
@@ -200,13 +203,13 @@ def test_a_tied_head_is_untied_only_if_it_must(tmp_path: Path) -> None:
     unties the pair."""
     before = _base(tmp_path / "base", tie_word_embeddings=True)
     base, tied = open_base(tmp_path / "base"), {"head.weight": "embed.weight"}
-    report = merge_files(base, tmp_path / "plain", _deltas(), tied=tied)
+    report = merge_files(base, tmp_path / "plain", _deltas(tied=tied))
     assert report.untied == ()
     assert "head.weight" not in _out(tmp_path / "plain")
     assert json.loads((tmp_path / "plain/config.json").read_text())["tie_word_embeddings"] is True
 
     head = _delta(17, 9)
-    report = merge_files(base, tmp_path / "out", Deltas({"head.weight": head}), tied=tied)
+    report = merge_files(base, tmp_path / "out", _deltas({"head.weight": head}, tied=tied))
     after = _out(tmp_path / "out")
     assert report.untied == ("head.weight",)
     assert (report.targeted, report.untouched) == (1, 7)
@@ -217,12 +220,12 @@ def test_a_tied_head_is_untied_only_if_it_must(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["weight_map"]["head.weight"] == SHARDS[0]
 
-    report = merge_files(base, tmp_path / "emb", Deltas({"embed.weight": head}), tied=tied)
+    report = merge_files(base, tmp_path / "emb", _deltas({"embed.weight": head}, tied=tied))
     after = _out(tmp_path / "emb")
     assert torch.equal(after["embed.weight"], expected)
     assert torch.equal(after["head.weight"], before["embed.weight"])
     with pytest.raises(BaseModelError, match="no tensor `gone` to tie to"):
-        merge_files(base, tmp_path / "x", _deltas(), tied={"head.weight": "gone"})
+        merge_files(base, tmp_path / "x", _deltas(tied={"head.weight": "gone"}))
 
 
 def test_a_stale_copy_of_a_tied_head_is_not_what_the_delta_goes_onto(tmp_path: Path) -> None:
@@ -235,8 +238,7 @@ def test_a_stale_copy_of_a_tied_head_is_not_what_the_delta_goes_onto(tmp_path: P
     merge_files(
         base,
         tmp_path / "out",
-        Deltas({"head.weight": head}),
-        tied={"head.weight": "embed.weight"},
+        _deltas({"head.weight": head}, tied={"head.weight": "embed.weight"}),
     )
     expected = (before["embed.weight"].float() + _update(head)).bfloat16()
     assert torch.equal(load_file(tmp_path / "out" / SHARDS[1])["head.weight"], expected)
@@ -244,7 +246,7 @@ def test_a_stale_copy_of_a_tied_head_is_not_what_the_delta_goes_onto(tmp_path: P
 
 def test_deltas_that_do_not_fit(tmp_path: Path) -> None:
     _base(tmp_path / "base")
-    deltas = Deltas(
+    deltas = _deltas(
         {
             "a.weight": _delta(5, 8)._replace(module="layers.a"),
             "b.weight": _delta(8, 5),
@@ -252,8 +254,7 @@ def test_deltas_that_do_not_fit(tmp_path: Path) -> None:
             "c.weight": _delta(9, 9),
             "norm.weight": _delta(9, 9),
         },
-        "runs/x",
-        "org/small",
+        trained_on="org/small",
     )
     with pytest.raises(AdapterError) as caught:
         merge_files(open_base(tmp_path / "base"), tmp_path / "out", deltas)
@@ -270,7 +271,7 @@ def test_orientation_in_messages(tmp_path: Path) -> None:
     _base(tmp_path / "base")
     turned = {"b.weight": _delta(5, 8)._replace(transposed=True)}
     with pytest.raises(AdapterError, match="adapter expects in=8, base has in=9"):
-        merge_files(open_base(tmp_path / "base"), tmp_path / "out", Deltas(turned))
+        merge_files(open_base(tmp_path / "base"), tmp_path / "out", _deltas(turned))
 
 
 def test_a_quantized_base_is_refused(tmp_path: Path) -> None:
@@ -314,7 +315,7 @@ def test_space_is_checked_before_anything_is_written(
 
 def test_a_vanished_delta_fails_the_merge(tmp_path: Path) -> None:
     _base(tmp_path / "base")
-    deltas = Deltas({**_deltas().by_key, "b.weight": _delta(9, 5, size=1e-12)})
+    deltas = _deltas({**_deltas().deltas, "b.weight": _delta(9, 5, size=1e-12)})
     with pytest.raises(VerificationError, match="whole delta of 1 of 2 tensors") as caught:
         merge_files(open_base(tmp_path / "base"), tmp_path / "out", deltas)
     assert caught.value.details == ("b.weight",)
@@ -366,13 +367,13 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from decal.store.base import open_base
-from decal.weights.delta import Deltas
+from decal.weights.changes import Changes
 from decal.weights.merge import merge_files
 def observe(done, total):
     if done > total / 3:
         print("half", flush=True)
         time.sleep(60)
-merge_files(open_base(sys.argv[1]), sys.argv[2], Deltas({}), dtype="fp32", observe=observe)
+merge_files(open_base(sys.argv[1]), sys.argv[2], Changes(deltas={}), dtype="fp32", observe=observe)
 """
 
 

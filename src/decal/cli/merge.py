@@ -14,7 +14,7 @@ from decal.errors import DecalError
 def merge(
     paths: Annotated[
         list[str],
-        typer.Argument(metavar="[BASE] ADAPTER", help="A run or adapter folder, and its base."),
+        typer.Argument(metavar="[BASE] ADAPTER", help="Folders or hub ids, owner/name[@revision]."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
     dtype: Annotated[
@@ -25,6 +25,9 @@ def merge(
         typer.Option(help="For QLoRA: the dequantized weights of training, or the base's own."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
+    ] = False,
 ) -> None:
     """\b
     decal merge runs/tickets -o merged
@@ -43,6 +46,13 @@ def merge(
     base = paths[0] if len(paths) == 2 else None
     with Bytes(console.log(), "merging") as progress:
         merged = merge_adapter(
-            base, paths[-1], out, dtype=dtype, onto=onto, force=force, observe=progress.observe
+            base,
+            paths[-1],
+            out,
+            dtype=dtype,
+            onto=onto,
+            force=force,
+            trust_remote_code=trust_remote_code,
+            observe=progress.observe,
         )
     console.facts(merged.summary())

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from decal.adapters.base import LowRank
 from decal.errors import AdapterError, ConfigError
-from decal.model import hf, names
+from decal.model import names
 from decal.model.adapter import Adapter
 from decal.model.quantizer import quantizable_modules
 from decal.quant import quant_format
 from decal.quant.base import Recipe
 from decal.quant.identity import combine, digest
-from decal.store.base import open_base
-from decal.verbs.load import as_dtype, check_fingerprint, recorded_quant
+from decal.verbs.load import as_dtype, check_fingerprint, labels_of, recorded_quant
+from decal.verbs.plan_merge import Merging, changes_of, merging
 from decal.verbs.target import QUANTIZER, base_of, metadata_json, read
-from decal.weights.delta import Deltas, FileDelta
+from decal.weights.changes import Dequantized
 from decal.weights.merge import MergeDtype, MergeReport, merge_files
 
 Onto = Literal["trained", "original"]
@@ -44,12 +43,14 @@ class Merged:
             "adapter": self.adapter,
             "onto": self.onto,
             "targeted": r.targeted,
+            "replaced": r.replaced,
             "dequantized": r.dequantized,
             "untouched": r.untouched,
             "untied": list(r.untied),
             "dtype": r.dtype,
             "bytes": r.nbytes,
             "delta_kept_by_rounding": r.survival,
+            "weights_unmoved_by_rounding": r.unmoved,
             "fingerprint": r.fingerprint,
         }
 
@@ -73,7 +74,15 @@ class _AsTrained:
         self._waiting: set[str] = set()
         self._digests: dict[str, str] = {}
 
-    def converter(self, module: str, transposed: bool) -> Callable[[Tensor], Tensor]:
+    def weights(self, plan: Merging) -> dict[str, Dequantized]:
+        """All weights that were quantized in training, by file key."""
+        transposed = names.transposed_modules(plan.skeleton)
+        return {
+            plan.key(f"{module}.weight"): Dequantized(self._converter(module, module in transposed))
+            for module in quantizable_modules(plan.skeleton, self.skip)
+        }
+
+    def _converter(self, module: str, transposed: bool) -> Callable[[Tensor], Tensor]:
         self._waiting.add(module)
 
         def convert(stored: Tensor) -> Tensor:
@@ -108,6 +117,7 @@ def merge(
     dtype: MergeDtype = "keep",
     onto: Onto | None = None,
     force: bool = False,
+    trust_remote_code: bool = False,
     observe: Callable[[int, int], None] | None = None,
 ) -> Merged:
     """Writes base + adapter as a plain model folder, one tensor in memory at a time.
@@ -119,6 +129,7 @@ def merge(
         onto: `trained` adds the delta to the weights that training computed with (for QLoRA the
             dequantized ones), `original` to the base's own. Default: trained if the adapter was
             trained on a quantized base.
+        trust_remote_code: run Python code that comes with the base; its names need it.
         observe: called with bytes done and bytes in total.
 
     Raises:
@@ -129,27 +140,14 @@ def merge(
     _, loaded = read(adapter)
     path, revision = base_of(loaded, base)
     onto = _onto(loaded, onto)
-    files = open_base(hf.local_folder(path, revision))
     check_fingerprint(loaded, path, revision)
-    skeleton = names.skeleton(path, revision=revision)
-    keys = {name: key for key, name in names.name_map(skeleton, sorted(files.tensors)).items()}
-    transposed = names.transposed_modules(skeleton)
-    converters: dict[str, Callable[[Tensor], Tensor]] = {}
-    if onto == "trained":
-        as_trained = _AsTrained(loaded, path)
-        for module in quantizable_modules(skeleton, as_trained.skip):
-            key = keys.get(f"{module}.weight", f"{module}.weight")
-            converters[key] = as_trained.converter(module, module in transposed)
-    report = merge_files(
-        files,
-        out,
-        _deltas(loaded, keys, transposed, adapter),
-        dequantized=converters,
-        tied=_tied(skeleton, keys),
-        dtype=dtype,
-        force=force,
-        observe=observe,
+    plan = merging(
+        loaded, path, revision, labels=labels_of(loaded), trust_remote_code=trust_remote_code
     )
+    changes = changes_of(plan)
+    if onto == "trained":
+        changes = replace(changes, dequantized=_AsTrained(loaded, path).weights(plan))
+    report = merge_files(plan.files, out, changes, dtype=dtype, force=force, observe=observe)
     return Merged(base=path, adapter=str(adapter), onto=onto, report=report)
 
 
@@ -162,20 +160,3 @@ def _onto(adapter: Adapter, asked: Onto | None) -> Onto:
             hint="leave --onto out",
         )
     return asked or ("trained" if quantized else "original")
-
-
-def _deltas(
-    adapter: Adapter, keys: dict[str, str], transposed: set[str], source: str | Path
-) -> Deltas:
-    scale = adapter.config.scaling
-    by_key = {}
-    for module, (A, B, *_) in adapter.tensors.items():
-        key = keys.get(f"{module}.weight", f"{module}.weight")
-        by_key[key] = FileDelta(LowRank(A, B, scale, 0.0), module in transposed, module)
-    return Deltas(by_key, name=str(source), trained_on=adapter.base)
-
-
-def _tied(skeleton: Any, keys: dict[str, str]) -> dict[str, str]:
-    """File key of a tied tensor -> file key of the tensor it shares, where the file has one."""
-    tied = getattr(skeleton, "all_tied_weights_keys", None) or {}
-    return {keys.get(k, k): keys[source] for k, source in tied.items() if source in keys}

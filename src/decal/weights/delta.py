@@ -18,7 +18,6 @@ Knows no files and no keys.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from decal.adapters.base import LowRank
 from decal.errors import VerificationError
 
-__all__ = ["Deltas", "Effect", "FileDelta", "add_delta", "cast"]
+__all__ = ["Effect", "FileDelta", "add_delta", "cast"]
 
 _SLICE = 1 << 22
 """Elements summed at once."""
@@ -39,7 +38,7 @@ class FileDelta(NamedTuple):
 
     low_rank: LowRank
     transposed: bool = False
-    """The file stores [in, out] (GPT-2's Conv1D) instead of [out, in]."""
+    """The file stores [in, out] (GPT-2's Conv1D, embeddings) instead of [out, in]."""
     module: str = ""
     """The module's path, for messages; the file key where empty."""
 
@@ -48,17 +47,6 @@ class FileDelta(NamedTuple):
         """The shape that the tensor in the file must have."""
         out, inner = self.low_rank.B.shape[0], self.low_rank.A.shape[1]
         return (inner, out) if self.transposed else (out, inner)
-
-
-@dataclass(frozen=True)
-class Deltas:
-    """An adapter as deltas on file keys."""
-
-    by_key: Mapping[str, FileDelta]
-    name: str = "adapter"
-    """Its folder, for messages."""
-    trained_on: str | None = None
-    """The base that its config names, for messages."""
 
 
 @dataclass

@@ -3,8 +3,12 @@
 Every tensor of the base is in exactly one class:
 
     targeted     W' = round(W_trained + scale * B A)           (delta.py)
+    replaced     W' = round(the adapter's own tensor): modules_to_save, biases
     dequantized  W' = round(W_trained), no delta
+    dropped      not written: the head of another task
     untouched    W' = W: the stored bytes, or a cast where another dtype is asked for
+
+and tensors may be added that the base does not have, a classifier's head.
 
 W_trained is what training computed with. Training a 4-bit base computes with the dequantized
 weights, and so the delta belongs to these; `dequantized` gives, per file key, the function from the
@@ -12,8 +16,9 @@ stored weight to that one. All quantized layers must be in it, those without an 
 leaving them at 16 bits would be a third model that nobody trained or measured. Merging onto the
 original weights is the same call with no `dequantized`.
 
-A tied pair (one matrix as embedding and head) stays tied unless one side has a delta; then both are
-written and the config says so. Keeping them tied would put the head's delta into the embedding.
+A tied pair (one matrix as embedding and head) stays tied unless one side alone changes, or both do
+differently; then both are written and the config says so. Keeping them tied would put the head's
+delta into the embedding.
 
 Each shard is read again after it was written: its header must be the planned one and each tensor's
 hash that of the bytes that were meant (for an untouched tensor: of the base's bytes). The folder is
@@ -30,18 +35,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from decal.errors import (
-    AdapterError,
     BaseModelError,
     OutputError,
-    QuantError,
     VerificationError,
-    nearest,
 )
 from decal.store.base import INDEX_NAME, BaseFiles, copy_side_files, side_files
-from decal.store.files import atomic_folder, check_free, require_space, write_json
+from decal.store.files import atomic_folder, check_free, require_space, write_json, write_text
 from decal.store.fingerprint import combine
 from decal.store.tensorfile import (
     TORCH_DTYPES,
@@ -52,14 +55,14 @@ from decal.store.tensorfile import (
     tensor_bytes,
     write_verified,
 )
-from decal.weights.delta import Deltas, Effect, add_delta, cast
+from decal.weights.changes import FLOATS, Changes, check_changes
+from decal.weights.delta import Effect, add_delta, cast
 
 __all__ = ["MergeDtype", "MergeReport", "merge_files"]
 
 MergeDtype = Literal["keep", "bf16", "fp16", "fp32"]
 
 _DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _UNCAST = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "C64")
 _HEADER_ROOM = 4 << 20
 """Bytes set aside for headers, config and index."""
@@ -72,6 +75,8 @@ class MergeReport:
     out: Path
     targeted: int
     """Tensors that gained a delta."""
+    replaced: int
+    """Tensors that the adapter holds whole, those that the base lacks included."""
     dequantized: int
     """Tensors without a delta that hold the weights training computed with."""
     untouched: int
@@ -94,8 +99,7 @@ class _Job:
     """One merge under way."""
 
     base: BaseFiles
-    deltas: Deltas
-    dequantized: Mapping[str, Callable[[Tensor], Tensor]]
+    changes: Changes
     sources: dict[str, TensorEntry]
     """Output key -> the base's tensor it is made of."""
     shards: dict[str, dict[str, TensorSpec]]
@@ -121,10 +125,8 @@ class _Job:
 def merge_files(
     base: BaseFiles,
     out: str | Path,
-    deltas: Deltas,
+    changes: Changes,
     *,
-    dequantized: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
-    tied: Mapping[str, str] | None = None,
     dtype: MergeDtype = "keep",
     force: bool = False,
     observe: Callable[[int, int], None] | None = None,
@@ -132,28 +134,26 @@ def merge_files(
     """Writes the merged model to the folder `out`.
 
     Args:
-        base: the opened base; must be stored in floating point.
+        base: the opened base; stored in floating point, or `changes` dequantizes it all.
         out: the new folder; a non-empty one is replaced only with `force`.
-        deltas: file key -> delta. Every one is used exactly once.
-        dequantized: file key -> function from the stored weight, in the file's orientation, to the
-            weight that training computed with, in any floating dtype.
-        tied: key -> key of the tensor it shares, as the architecture ties them.
+        changes: what becomes of which tensor. Every delta and tensor is used exactly once.
         dtype: of all floating tensors; `keep` leaves each as it is stored.
         observe: called with bytes done and bytes in total, reading again included.
 
     Raises:
-        AdapterError: deltas for keys the base lacks, or of other shapes (all collected).
+        AdapterError: changes of keys the base lacks, or of other shapes (all collected).
         BaseModelError: the base is quantized, or a file became unreadable.
-        QuantError: `dequantized` names keys the base lacks.
+        QuantError: the changes dequantize keys the base lacks.
         OutputError, StorageError: `out` is taken, or the disk refuses or is too small.
         VerificationError: a value does not fit the dtype, rounding removed a whole delta, or what
             was read again is not what was meant.
     """
     target = Path(out)
-    _plain_base(base)
+    if "quantization_config" not in changes.config:
+        _plain_base(base)
     _apart(base, target)
     check_free(target, force=force, marker="config.json")
-    job = _plan(base, deltas, dequantized or {}, tied or {}, dtype)
+    job = _plan(base, changes, dtype)
     job.observe = observe
     require_space(target, job.nbytes + _side_bytes(base) + _HEADER_ROOM)
     with atomic_folder(target, force=force, marker="config.json") as folder:
@@ -183,80 +183,52 @@ def _apart(base: BaseFiles, out: Path) -> None:
         )
 
 
-def _plan(
-    base: BaseFiles,
-    deltas: Deltas,
-    dequantized: Mapping[str, Callable[[Tensor], Tensor]],
-    tied: Mapping[str, str],
-    dtype: MergeDtype,
-) -> _Job:
-    untied = tuple(sorted(k for k, source in tied.items() if {k, source} & deltas.by_key.keys()))
-    lost = [source for source in tied.values() if source not in base.tensors]
+def _plan(base: BaseFiles, changes: Changes, dtype: MergeDtype) -> _Job:
+    lost = [source for source in changes.tied.values() if source not in base.tensors]
     if lost:
         raise BaseModelError(f"base `{base.folder}` has no tensor `{lost[0]}` to tie to")
-    sources = dict(base.tensors)
+    untied = tuple(sorted(key for key in changes.tied if _parts(changes, key)))
+    sources = {key: entry for key, entry in base.tensors.items() if key not in changes.dropped}
     for key in untied:
-        sources[key] = base.tensors[tied[key]]
-    _check_fit(base, deltas, sources)
-    unknown = sorted(dequantized.keys() - sources.keys() - tied.keys())
-    if unknown:
-        raise QuantError(
-            f"{len(unknown)} of {len(dequantized)} quantized weights are not in base "
-            f"`{base.folder}`",
-            details=unknown[:1],
-        )
+        sources[key] = base.tensors[changes.tied[key]]
+    specs = {key: _trained_spec(changes, key, entry.spec) for key, entry in sources.items()}
+    follows = {k: specs[source] for k, source in changes.tied.items() if k not in specs}
+    check_changes(base, changes, {**follows, **specs})
     shards: dict[str, dict[str, TensorSpec]] = {shard.path.name: {} for shard in base.shards}
     for key, entry in sources.items():
         place = base.tensors.get(key, entry).file.name
-        shards[place][key] = TensorSpec(_output_dtype(base, entry, dtype), entry.spec.shape)
-    return _Job(base, deltas, dequantized, sources, shards, untied, None)
+        kind = _output_dtype(base, key, specs[key].dtype, dtype)
+        shards[place][key] = TensorSpec(kind, specs[key].shape)
+    main = _main_dtype(specs)
+    for key, tensor in changes.added.items():
+        kind = main if dtype == "keep" else _DTYPES[dtype]
+        shards[base.shards[-1].path.name][key] = TensorSpec(kind, tuple(tensor.shape))
+    return _Job(base, changes, sources, {n: s for n, s in shards.items() if s}, untied, None)
 
 
-def _output_dtype(base: BaseFiles, entry: TensorEntry, dtype: MergeDtype) -> str:
-    stored = entry.spec.dtype
+def _parts(changes: Changes, key: str) -> bool:
+    """Whether a tied pair no longer holds one value."""
+    pair = {key, changes.tied[key]}
+    if not pair & changes.touched:
+        return False
+    both = [changes.replaced[k] for k in pair if k in changes.replaced]
+    return bool(pair & changes.deltas.keys()) or len(both) < 2 or not torch.equal(*both)
+
+
+def _trained_spec(changes: Changes, key: str, stored: TensorSpec) -> TensorSpec:
+    weight = changes.dequantized.get(key)
+    return stored if weight is None or weight.spec is None else weight.spec
+
+
+def _output_dtype(base: BaseFiles, key: str, stored: str, dtype: MergeDtype) -> str:
     if dtype == "keep" or stored in _UNCAST:
         return stored
-    if stored not in _FLOATS:
+    if stored not in FLOATS:
         raise BaseModelError(
-            f"base `{base.folder}` stores `{entry.key}` in {stored}, which cannot be converted",
+            f"base `{base.folder}` stores `{key}` in {stored}, which cannot be converted",
             hint="merge with --dtype keep",
         )
     return _DTYPES[dtype]
-
-
-def _check_fit(base: BaseFiles, deltas: Deltas, sources: Mapping[str, TensorEntry]) -> None:
-    problems: list[str] = []
-    missing, wrong = 0, 0
-    for key, delta in sorted(deltas.by_key.items()):
-        name = delta.module or key
-        if key not in sources:
-            missing += 1
-            close = nearest(key, list(sources))
-            problems.append(f"{name}: no tensor `{key}`" + (f", but `{close}`" if close else ""))
-            continue
-        spec = sources[key].spec
-        (a, b), stored = delta.shape, spec.shape
-        if len(stored) != 2 or spec.dtype not in _FLOATS:
-            wrong += 1
-            problems.append(f"{name}: base has {spec.dtype} {list(stored)}, no weight matrix")
-        elif (a, b) != stored:
-            wrong += 1
-            names = ("in", "out") if delta.transposed else ("out", "in")
-            i = 1 if b != stored[1] else 0
-            problems.append(
-                f"{name}: adapter expects {names[i]}={(a, b)[i]}, base has {names[i]}={stored[i]}"
-            )
-    if not problems:
-        return
-    counts = [f"{missing} of {len(deltas.by_key)} tensors are not in the base"] * bool(missing)
-    counts += [f"{wrong} of {len(deltas.by_key)} tensors have the wrong shape"] * bool(wrong)
-    more = f"  (and {len(problems) - 1} more)" if problems[1:] else ""
-    known = f"the adapter was trained on `{deltas.trained_on}` (adapter_config.json)"
-    raise AdapterError(
-        f"adapter `{deltas.name}` does not fit base `{base.folder}`: {', '.join(counts)}",
-        details=[problems[0] + more],
-        hint=known if deltas.trained_on else "merge onto the base the adapter was trained on",
-    )
 
 
 def _side_bytes(base: BaseFiles) -> int:
@@ -274,32 +246,45 @@ def _write_shard(job: _Job, path: Path, specs: Mapping[str, TensorSpec]) -> dict
 
 
 def _chunks(job: _Job, key: str, spec: TensorSpec) -> Iterator[bytes | memoryview]:
-    entry = job.sources[key]
-    delta, convert = job.deltas.by_key.get(key), job.dequantized.get(key)
     try:
-        if delta is None and convert is None and entry.spec.dtype == spec.dtype:
-            yield from raw_chunks(entry)
+        tensor = _made(job, key, spec)
+        if tensor is None:
+            yield from raw_chunks(job.sources[key])
         else:
-            weight = load_tensor(entry)
-            dtype = TORCH_DTYPES[spec.dtype]
-            if convert is not None:
-                weight = convert(weight)
-            if delta is not None:
-                result = add_delta(key, weight, delta, dtype, job.effect)
-            else:
-                result = cast(key, weight, dtype)
-            yield tensor_bytes(result)
+            yield tensor_bytes(tensor)
     except OSError as error:
         # Raised while a chunk was being made, so it is about the base and not about the output.
-        raise BaseModelError(f"`{entry.file}` cannot be read: {error.strerror}") from error
+        name = job.sources[key].file if key in job.sources else job.base.folder
+        raise BaseModelError(f"`{name}` cannot be read: {error.strerror}") from error
     job.advance(spec.nbytes)
+
+
+def _made(job: _Job, key: str, spec: TensorSpec) -> Tensor | None:
+    """The tensor to write; None where the base's stored bytes are it."""
+    changes, entry = job.changes, job.sources.get(key)
+    own = changes.replaced.get(key, changes.added.get(key))
+    delta, weight = changes.deltas.get(key), changes.dequantized.get(key)
+    if entry is not None and own is delta is weight is None and entry.spec.dtype == spec.dtype:
+        return None
+    trained = own
+    if entry is not None and (weight is not None or own is None):
+        trained = load_tensor(entry)
+        if weight is not None:
+            # Also of a weight that is replaced: the whole base is checked by what was packed.
+            trained = weight.convert(trained)
+    result = trained if own is None else own
+    assert result is not None
+    dtype = TORCH_DTYPES[spec.dtype]
+    if delta is not None:
+        return add_delta(key, result, delta, dtype, job.effect)
+    return cast(key, result, dtype)
 
 
 def _survived(job: _Job) -> None:
     lost = job.effect.lost
     if lost:
         raise VerificationError(
-            f"rounding removed the whole delta of {len(lost)} of {len(job.deltas.by_key)} tensors",
+            f"rounding removed the whole delta of {len(lost)} of {len(job.changes.deltas)} tensors",
             details=lost[:1],
             hint="write it with --dtype fp32, or keep the adapter apart",
         )
@@ -313,6 +298,8 @@ def _write_rest(job: _Job, folder: Path) -> None:
         write_json(folder / INDEX_NAME, document)
     write_json(folder / "config.json", _config(job, specs))
     copy_side_files(job.base.folder, folder)
+    for name, text in job.changes.texts.items():
+        write_text(folder / name, text)
 
 
 def _config(job: _Job, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
@@ -328,25 +315,31 @@ def _config(job: _Job, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
         for part in [config, *nested]:
             if part is config or "tie_word_embeddings" in part:
                 part["tie_word_embeddings"] = False
-    return config
+    config |= job.changes.config
+    return {
+        key: value for key, value in config.items() if job.changes.config.get(key, 0) is not None
+    }
 
 
 def _main_dtype(specs: Mapping[str, TensorSpec]) -> str:
     size: dict[str, int] = {}
     for spec in specs.values():
-        if spec.dtype in _FLOATS:
+        if spec.dtype in FLOATS:
             size[spec.dtype] = size.get(spec.dtype, 0) + spec.nbytes
     return str(TORCH_DTYPES[max(size, key=lambda name: size[name])]).removeprefix("torch.")
 
 
 def _report(job: _Job, out: Path, hashes: Mapping[str, str]) -> MergeReport:
     specs = job.specs
-    plain = [k for k in job.dequantized if k in specs and k not in job.deltas.by_key]
+    changes = job.changes
+    plain = [k for k in changes.dequantized if k in specs and k not in changes.touched]
+    whole = [k for k in specs if k in changes.replaced or k in changes.added]
     return MergeReport(
         out=out,
-        targeted=len(job.deltas.by_key),
+        targeted=len(changes.deltas),
+        replaced=len(whole),
         dequantized=len(plain),
-        untouched=len(specs) - len(job.deltas.by_key) - len(plain),
+        untouched=len(specs) - len(changes.deltas) - len(whole) - len(plain),
         nbytes=job.nbytes,
         dtype=_main_dtype(specs),
         survival=job.effect.survival,
