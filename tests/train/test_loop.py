@@ -265,20 +265,29 @@ def test_an_expert_without_tokens_is_a_warning() -> None:
     first, last = warnings_of(events)
     names = "layers.0.experts.1.lora_A, layers.0.experts.2.lora_A"
     assert first == (
-        "2 of 6 trainable tensors had no gradient in the first 20 updates, "
-        f"others of their kind had one: {names}"
+        "2 of 6 trainable tensors had no gradient in the first 20 updates and learned nothing: "
+        f"{names}"
     )
     assert last.startswith("1 of 6 trainable tensors had no gradient in the whole run")
     assert last.endswith("layers.0.experts.1.lora_A")
 
 
 def test_a_kind_that_autograd_does_not_reach_is_an_error_at_once() -> None:
-    """No expert acts. Fails when siblings excuse each other though all are silent."""
-    model, run = TinyModel(), MemoryRun()
+    """No expert acts. Of a whole model it is a warning, unless nothing was reached at all.
+
+    Fails when siblings excuse each other though all are silent.
+    """
+    model, run, events = TinyModel(), MemoryRun(), []
     loss, parameters = with_experts(model, lambda call: set())
+    changes = {"loss": loss, "parameters": parameters, "eval_every": 9}
     with pytest.raises(TrainingError, match="3 of 6 trainable tensors had no gradient in the f"):
-        train(job(run, model, loss=loss, parameters=parameters, eval_every=9))
+        train(job(run, model, **changes))
     assert run.column("step") == [1]
+    train(job(MemoryRun(), model, whole_model=True, observe=events.append, **changes))
+    assert len(warnings_of(events)) == 1
+    changes["parameters"] = {name: p for name, p in parameters.items() if "experts" in name}
+    with pytest.raises(TrainingError, match="3 of 3 trainable tensors"):
+        train(job(run, model, whole_model=True, **changes))
 
 
 def test_a_kind_that_gets_zeros_only_is_an_error_later() -> None:

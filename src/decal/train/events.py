@@ -173,6 +173,9 @@ class Job:
     observe: Callable[[Event], None] = field(default=lambda event: None)
     rates: Mapping[str, float] = field(default_factory=dict)
     """Factors on the learning rate by parameter name; 1 for those that are not named."""
+    whole_model: bool = False
+    """All weights of a model are trained. Parts of it that the loss does not reach (a vision tower,
+    in training on text) are then warned of; of an adapter they are an error."""
     scale_loss: bool = False
     """The callable computes in float16: losses are scaled so that small gradients survive."""
     resume: bool = False

@@ -12,8 +12,11 @@ numbers (`layers.3.mlp.experts.7.up_proj…` and `layers.5.mlp.experts.0.up_proj
                       20 updates and at the end
 
 A disconnected graph is disconnected for a whole kind: targets that the model's code goes around,
-an adapter that is switched off. Rejected: an error for every tensor that is silent after two
-updates; it ends the training of every mixture of experts.
+an adapter that is switched off. Where a whole model is trained, kinds that are not reached are only
+warned of: a model may have parts that this data does not use, and they are saved as what they were.
+
+Rejected: an error for every tensor that is silent after two updates; it ends the training of every
+mixture of experts.
 """
 
 from __future__ import annotations
@@ -56,12 +59,14 @@ class Heard:
         loud = torch.stack([(g != 0).any() for _, g in news]).tolist()
         self.silent -= {name for (name, _), yes in zip(news, loud, strict=True) if yes}
 
-    def disconnected(self) -> list[str]:
+    def disconnected(self, *, whole_model: bool = False) -> list[str]:
         """The tensors whose silence is an error by now; see the top of the file."""
         if self.updates < EARLY or not self.silent:
             return []
         if len(self.silent) == len(self.names):
             return list(self.names)
+        if whole_model:
+            return []
         judged = self.silent if self.updates >= LATE else self.unreached
         kinds = defaultdict(list)
         for name in self.names:

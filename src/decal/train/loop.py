@@ -209,7 +209,7 @@ def _learn(
         if not skipped:
             raise broken_gradients(job.settings, step, optimizer.not_finite())
     if not skipped:
-        refuse_disconnected(optimizer.heard)
+        refuse_disconnected(job, optimizer.heard)
         if optimizer.heard.silent and optimizer.heard.updates == LATE:
             job.observe(still_silent(optimizer.heard, f"in the first {LATE} updates"))
     return _Done(

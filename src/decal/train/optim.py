@@ -96,6 +96,8 @@ class Optimizer:
         scale_loss: bool = False,
     ):
         self.parameters = dict(parameters)
+        self.device = next(iter(self.parameters.values())).device
+        eightbit.require(config.optimizer, self.device)  # before there is anything to undo
         self.heard = Heard(self.parameters)
         self._eightbit = config.optimizer in eightbit.CLASSES
         self._max_norm = config.max_grad_norm
@@ -106,7 +108,6 @@ class Optimizer:
                 self._masters[name] = parameter
             else:
                 self._masters[name] = self._give_master(parameter)
-        self.device = next(iter(self._masters.values())).device
         self._adamw = self._make(config, rates or {})
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=scale_loss)
 
@@ -123,7 +124,6 @@ class Optimizer:
         ]
         settings: dict[str, Any] = {"lr": config.lr, "betas": BETAS, "eps": EPS}
         if self._eightbit:
-            eightbit.require(config.optimizer, self.device)
             return eightbit.make(config.optimizer, made, **settings)
         types = {m.device.type for m in self._masters.values()}
         fused = True if types.issubset(FUSED_ON) else None

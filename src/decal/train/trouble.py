@@ -111,9 +111,9 @@ def broken_gradients(settings: TrainConfig, step: Step, names: Collection[str]) 
     )
 
 
-def refuse_disconnected(heard: Heard) -> None:
+def refuse_disconnected(job: Job, heard: Heard) -> None:
     """The loss must depend on every kind of trainable tensor; heard.py says when that is known."""
-    silent = heard.disconnected()
+    silent = heard.disconnected(whole_model=job.whole_model)
     if silent:
         raise TrainingError(
             f"{len(silent)} of {len(heard.names)} trainable tensors had no gradient in the first "
@@ -124,10 +124,10 @@ def refuse_disconnected(heard: Heard) -> None:
 
 
 def still_silent(heard: Heard, when: str) -> Note:
-    """The warning for tensors that are silent among others of their kind."""
+    """The warning for silent tensors that are no error."""
     return Note(
-        text=f"{len(heard.silent)} of {len(heard.names)} trainable tensors had no gradient {when}, "
-        f"others of their kind had one: {', '.join(_listed(heard.silent))}"
+        text=f"{len(heard.silent)} of {len(heard.names)} trainable tensors had no gradient {when} "
+        f"and learned nothing: {', '.join(_listed(heard.silent))}"
     )
 
 
