@@ -448,6 +448,8 @@ def _layer_names(modules: Mapping[str, ModuleInfo]) -> list[str]:
 
 def _advice(modules: Mapping[str, ModuleInfo], pattern: str) -> str:
     leaves = _endings([n for n in modules if n])
+    if pattern in leaves:
+        return f"`{pattern}`: is read as a regular expression for the whole name; write [{pattern}]"
     close = nearest(pattern.rpartition(".")[2], leaves)
     return f"`{pattern}`: " + (f"did you mean `{close}`?" if close else "nothing is called like it")
 
