@@ -220,3 +220,54 @@ def test_local_work_asks_nothing(hub: Hub, online: Worker, tmp_path: Path) -> No
             done = online(decal, *line)
             assert done.code == 0, done.err
     assert requests == []
+
+
+def test_training_goes_on_with_an_adapter_of_the_hub(
+    online: Worker, trained: Path, tmp_path: Path
+) -> None:
+    """Fails when `adapter.from` takes folders only."""
+    lines = (trained.parent / "run.yaml").read_text().splitlines()
+    kept = [line for line in lines if not line.startswith(("adapter:", "output:"))]
+    more = ["adapter: {from: tiny/adapter}", f"output: {tmp_path / 'run'}"]
+    (tmp_path / "run.yaml").write_text("\n".join([*kept, *more]))
+    done = online(decal, "train", str(tmp_path / "run.yaml"))
+    assert done.code == 0, done.err
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (4, "tiny/base")
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+"""
+
+
+def test_code_of_the_hub_runs_only_when_asked(hub: Hub, online: Worker, offline: Worker) -> None:
+    """Fails when the code is not fetched with the model, or run without a word."""
+    files = hub.repositories["model", "tiny/base"]
+    files = dict(files.commits[files.refs["main"]])
+    config = json.loads(files["config.json"]) | {
+        "model_type": "odd",
+        "architectures": ["OddForCausalLM"],
+        "auto_map": {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"},
+    }
+    code = {"config.json": json.dumps(config).encode(), "odd.py": CODE.encode()}
+    hub.add("tiny/odd", {**files, **code})
+    with pytest.raises(BaseModelError, match="cannot be loaded") as caught:
+        online(class_of, "tiny/odd", False)
+    assert "trust_remote_code" in str(caught.value.hint)
+    assert online(class_of, "tiny/odd", True) == "OddForCausalLM"
+    assert offline(class_of, "tiny/odd", True) == "OddForCausalLM"
+
+
+def class_of(path: str, trusted: bool) -> str:
+    import decal
+
+    return type(decal.load_base(path, device="cpu", trust_remote_code=trusted)[0]).__name__
