@@ -345,12 +345,16 @@ class Lora(nn.Module):
         return moved if shift is None else shift + moved
 
     def merged_bias(self, base_bias: Tensor | None) -> Tensor | None:
-        """float32 [out], the bias of the merged layer; None where base and adapter have none."""
+        """[out], the bias of the merged layer, in float32 or the base's wider dtype.
+
+        None where base and adapter have none.
+        """
+        shift = None if self.B_bias is None else self.B_bias * self.scale
+        if base_bias is None:
+            return shift
         start = base_bias if self.bias is None else self.bias
-        if self.B_bias is None:
-            return None if start is None else start.to(self.B.dtype)
-        shift = self.B_bias * self.scale
-        return shift if start is None else start + shift
+        start = start.to(torch.promote_types(base_bias.dtype, self.B.dtype))
+        return start if shift is None else start + shift
 
     def merged(self, weight: Tensor) -> Tensor:
         """float32 [out, in]: the weight plus scale * B A (float64 for a float64 weight)."""

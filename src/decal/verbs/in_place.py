@@ -12,6 +12,7 @@ from decal.model import hf
 from decal.model.inject import detach
 from decal.model.quantizer import unpacked
 from decal.model.state import adapted_layers, adapter_state, full_state, lora_of
+from decal.model.survey import base_modules
 from decal.quant.linear import QuantLinear
 from decal.weights.delta import Effect, FileDelta, add_delta, cast
 
@@ -28,12 +29,11 @@ def merge_in_place(model: Any, name: str = "default") -> None:
         VerificationError: a sum does not fit the layer's dtype.
     """
     weights = _weights(model, name)
-    biases = _biases(model, name)
-    whole = {n: p.detach() for n, p in full_state(model, name).items() if n not in biases}
-    detach(model)
+    parameters = _parameters(model, {**full_state(model, name), **_biases(model, name)})
+    detach(model)  # nothing has changed until here, and all sums fit
     for module, weight in weights.items():
         _put_weight(model, module, weight)
-    for key, value in {**whole, **biases}.items():
+    for key, value in parameters.items():
         _put_parameter(model, key, value)
     hf.forget_quantizer(model)
 
@@ -73,6 +73,16 @@ def _biases(model: Any, name: str) -> dict[str, Tensor]:
     return merged
 
 
+def _parameters(model: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The values rounded to the dtypes of the base's parameters of these names."""
+    modules = dict(base_modules(model))
+    rounded = {}
+    for key, value in values.items():
+        module, _, leaf = key.rpartition(".")
+        rounded[key] = cast(key, value.detach(), getattr(modules[module], leaf).dtype)
+    return rounded
+
+
 def _put_weight(model: Any, module: str, weight: Tensor) -> None:
     layer = model.get_submodule(module)
     if isinstance(layer, QuantLinear):
@@ -85,12 +95,11 @@ def _put_weight(model: Any, module: str, weight: Tensor) -> None:
 
 
 def _put_parameter(model: Any, key: str, value: Tensor) -> None:
-    """Rounds `value` into the parameter's place. A shared weight is no longer shared; a shared
-    bias is, as both names of it carry the same change."""
+    """A shared weight is no longer shared; a shared bias is, as its names carry the same change."""
     module, _, leaf = key.rpartition(".")
     owner = model.get_submodule(module)
     before = getattr(owner, leaf)
-    new = nn.Parameter(cast(key, value, before.dtype), requires_grad=before.requires_grad)
+    new = nn.Parameter(value.clone(), requires_grad=before.requires_grad)
     if leaf != "bias":
         hf.untie(model, module)
         setattr(owner, leaf, new)
