@@ -1,4 +1,4 @@
-"""Parameter counts that must come out exactly, on skeletons with the real shapes.
+"""Counts of parameters and bytes that must come out exactly, on skeletons with the real shapes.
 
 The skeletons are transformers models on the meta device; nothing is allocated or downloaded.
 """
@@ -13,6 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from decal.config import LoraConfig
 from decal.model.inject import attach, detach, trainable_parameters
+from decal.model.quantizer import quantizable_modules
+from decal.model.size import weight_bytes
+from decal.model.state import adapter_state
+from decal.quant.base import Recipe
+from decal.quant.linear import QuantLinear
 
 QV, QKVO = ("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -80,3 +85,61 @@ def test_trainable_parameters(
         assert found.parameters == count
         assert trainable_parameters(skeleton) == (count, TOTALS[model] + count)
         detach(skeleton)
+
+
+BYTES: list[tuple[Recipe | None, int, int]] = [
+    (None, 16_060_522_496, 0),
+    (Recipe(format="nf4", double=True), 5_591_539_712, 110_756_736),
+    (Recipe(format="nf4", double=False), 5_591_539_712, 436_207_616),
+    (Recipe(format="fp4", double=True), 5_591_539_712, 110_756_736),
+    (Recipe(format="fp4", double=False), 5_591_539_712, 436_207_616),
+    (Recipe(format="int8"), 9_081_200_640, 5_505_024),
+]
+"""Recipe, bytes of codes and of all that stays 16-bit, bytes of scales and offsets."""
+
+
+def _quantized(skeleton: Any, recipe: Recipe | None) -> list[QuantLinear]:
+    """Puts empty packed layers in the places of the linear ones."""
+    packed = []
+    for name in quantizable_modules(skeleton) if recipe else []:
+        linear = skeleton.get_submodule(name)
+        shape = (linear.in_features, linear.out_features)
+        packed.append(QuantLinear.empty(*shape, False, recipe, torch.bfloat16))  # type: ignore[arg-type]
+        skeleton.set_submodule(name, packed[-1])
+    return packed
+
+
+@pytest.mark.parametrize(("recipe", "codes", "scales"), BYTES, ids=str)
+def test_bytes_of_the_weights(recipe: Recipe | None, codes: int, scales: int) -> None:
+    """Llama-3.1-8B in 16 bits and in every format. Mutations: quantize the head; keep the scales
+    of double quantization in float32."""
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(CONFIGS["Llama-3.1-8B"]).bfloat16()
+    packed = _quantized(model, recipe)
+    assert len(packed) == (224 if recipe else 0)
+    assert weight_bytes(model) == codes + scales
+    beside = sum(m.nbytes - getattr(m, m.part_names[0]).nbytes for m in packed)
+    assert beside == scales
+    if recipe is None:
+        assert weight_bytes(model.float()) == 32_121_044_992
+
+
+@pytest.mark.parametrize(("double", "bits", "gigabytes"), [(False, 4.5, 36.5), (True, 4.127, 33.5)])
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_bits_per_quantized_weight(name: str, double: bool, bits: float, gigabytes: float) -> None:
+    """4 bits, and per block of 64 a float32 scale, or 8 bits and a 256th of a float32; and what
+    65 billion weights come to. Mutation: forget the second level's scales."""
+    recipe = Recipe(format=name, double=double)
+    layer = QuantLinear.empty(4096, 4096, False, recipe, torch.bfloat16)
+    found = 8 * layer.nbytes / 4096**2
+    assert found == pytest.approx(bits, abs=1e-4)
+    assert 65 * found / 8 == pytest.approx(gigabytes, abs=0.1)
+
+
+def test_bytes_of_an_adapter_file(skeletons: dict[str, Any]) -> None:
+    """The course's 109.05 MB: rank 32 on the attention of Llama-3.1-8B. Mutation: 16-bit masters."""
+    skeleton = skeletons["Llama-3.1-8B"]
+    attach(skeleton, LoraConfig(r=32, target_modules=QKVO))
+    parts = adapter_state(skeleton).values()
+    assert sum(p.A.nbytes + p.B.nbytes for p in parts) == 109_051_904
+    detach(skeleton)
