@@ -267,7 +267,7 @@ class DataConfig(Settings):
     overflow: Literal["truncate", "drop"] = "truncate"
     """`truncate` cuts longer samples on the right, `drop` leaves them out; both are reported."""
     eval: Annotated[float, Field(gt=0, lt=1)] | Text | None = 0.05
-    """Share of the rows held out for evaluation, or a file of their own, or null for none."""
+    """Share of the rows held out for evaluation, or a file or split of their own, or null."""
     limit: int | None = Field(default=None, ge=1)
     """Use only so many rows, the first ones after shuffling; null uses all."""
     shuffle: bool = False
@@ -295,8 +295,8 @@ class TrainConfig(Settings):
     warmup: float = Field(default=0.03, ge=0.0, lt=1.0)
     """Share of the steps in which the learning rate rises from zero."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw"
-    """`adamw`; `adamw8bit` keeps its state in 8 bits and `paged_adamw8bit` lets it leave the GPU
-    (both through bitsandbytes, GPU only)."""
+    """`adamw`; `adamw8bit` keeps its state in 8 bits and `paged_adamw8bit` lets it leave the GPU,
+    so it needs one (both through bitsandbytes, which must be installed)."""
     loraplus_lr_ratio: float = Field(default=1.0, gt=0)
     """LoRA+ (Hayou et al. 2024): B's learning rate over A's. 16 is usual, 1 is plain LoRA."""
     lr_pattern: Annotated[dict[str, Annotated[float, Field(gt=0)]], PatternKeys] = {}

@@ -110,7 +110,7 @@ def test_stripped_thinking_is_refused(make_tokenizer: Make) -> None:
     """Mutation: train what the template left over of an earlier turn."""
     tokenizer = make_tokenizer("thinking")
     row = chat("Hi", "<think>hm</think>yes", "And?", "no", row=7)
-    with pytest.raises(DataError, match=r"row 7: message 2 \(assistant\) is not found") as caught:
+    with pytest.raises(DataError, match=r"row 7: message 2 \(assistant\) is rendered") as caught:
         encoder(tokenizer, 500).encode(row)
     assert caught.value.hint is not None
     assert "split the row" in caught.value.hint
@@ -118,7 +118,7 @@ def test_stripped_thinking_is_refused(make_tokenizer: Make) -> None:
 
 def test_dropped_thinking_is_refused_even_where_prefixes_fit(make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer("think-prompt")
-    with pytest.raises(DataError, match=r"message 2 \(assistant\) is not found"):
+    with pytest.raises(DataError, match=r"message 2 \(assistant\) is rendered"):
         encoder(tokenizer, 500).encode(chat("Hi", "<think>hm</think>yes"))
 
 
@@ -130,13 +130,12 @@ def test_content_is_found_where_the_prefix_is_none(make_tokenizer: Make) -> None
     assert sample.straddling == 0
 
 
-def test_same_answer_twice_is_found_turn_by_turn(make_tokenizer: Make) -> None:
-    """Mutation: search from the beginning of the text."""
+def test_short_answers_are_found_wherever_else_they_occur(make_tokenizer: Make) -> None:
+    """Mutations: look for the content from the beginning of the text, or from the turn before."""
     tokenizer = make_tokenizer("think-prompt")
-    with pytest.raises(DataError, match=r"message 2 \(assistant\) occurs more than once"):
-        encoder(tokenizer, 500).encode(chat("Hi", "yes", "And?", "yes"))
-    sample = encoder(tokenizer, 500).encode(chat("Hi", "yes or no", "And?", "yes"))
-    assert trained(sample, tokenizer) == [" yes or no</s>", " yes</s>"]
+    for turns in (("Hi", "yes", "And?", "yes"), ("Say yes", "yes", "yes", "yes"), ("a", "a")):
+        sample = encoder(tokenizer).encode(chat(*turns))
+        assert trained(sample, tokenizer) == [f" {answer}</s>" for answer in turns[1::2]]
 
 
 def test_found_content_without_end_of_turn_is_refused(make_tokenizer: Make) -> None:
@@ -169,11 +168,13 @@ def test_text_after_the_last_turn_is_not_trained(make_tokenizer: Make) -> None:
     assert trained(sample, tokenizer) == ["yes<|im_end|>", "no<|im_end|>"]
 
 
-def test_ambiguous_content_is_refused(make_tokenizer: Make) -> None:
-    """Mutation: take the first occurrence."""
+def test_turn_that_moves_what_is_behind_it_is_refused(make_tokenizer: Make) -> None:
+    """A template that repeats the first answer at the end. Mutation: take what lies before the
+    first sentinel only."""
     tokenizer = make_tokenizer("think-prompt")
-    with pytest.raises(DataError, match="occurs more than once"):
-        encoder(tokenizer, 500).encode(chat("Say yes?", "yes"))
+    tokenizer = derived(tokenizer, tokenizer.chat_template + "{{ messages[1].content }}")
+    with pytest.raises(DataError, match=r"message 2 \(assistant\) cannot be told from the rest"):
+        encoder(tokenizer).encode(chat("Hi", "yes", "And?", "no"))
 
 
 def test_template_without_end_of_turn_is_refused(make_tokenizer: Make) -> None:

@@ -43,7 +43,7 @@ def test_sharegpt(read: Any) -> None:
     assert rows.examples[0].messages == (
         Message("system", "Be brief."),
         HI,
-        Message("assistant", "", {"tool_calls": [call], "content": None}),
+        Message("assistant", "", {"tool_calls": [call]}),
         Message("tool", "a parcel"),
         HO,
     )
@@ -102,6 +102,7 @@ def test_tool_calls_weights_and_parts(read: Any) -> None:
     decoded = {"type": "function", "function": {"name": "find", "arguments": {"id": 7}}}
     assert example.messages[1].as_dict() == {
         "role": "assistant",
+        "content": "",
         "tool_calls": [decoded],
     }
     assert example.messages[1].as_dict(decode_arguments=False)["tool_calls"] == [CALL]

@@ -19,7 +19,7 @@ TOOLS = (
 )
 ASKED = Message("user", "Where is 7?")
 CALL = {"type": "function", "function": {"name": "find_parcel", "arguments": '{"id": "DE-7"}'}}
-CALLED = Message("assistant", "", {"content": None, "tool_calls": [CALL]})
+CALLED = Message("assistant", "", {"tool_calls": [CALL]})
 FOUND = Message("tool", '{"at": "Köln"}', {"name": "find_parcel"})
 SAID = Message("assistant", "In Köln.")
 
@@ -85,10 +85,25 @@ def test_template_that_wants_arguments_as_text(calling: Any) -> None:
     assert trained(encoder(calling).encode(tools_chat()), calling)[0] == f"{call}<|im_end|>"
 
 
-def test_null_content_is_never_written(calling: Any) -> None:
-    """Mutation: hand null to a template that writes `None`."""
+def test_calls_in_a_chat_whose_last_turn_is_treated_differently(calling: Any) -> None:
+    """The first two messages alone would be rendered with a thinking block, so only substitution
+    finds the call. Mutations: begin behind the sentinel's turn; take the turn's region from the
+    shorter chat."""
     calling.chat_template = CALLING.replace(
-        "{% if m.content %}{{ m.content }}{% endif %}", "{{ m.content }}"
+        "{% if m.content %}",
+        "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}{% if m.content %}",
+    )
+    call = '<tool_call>\n{"name": "find_parcel", "arguments": {"id": "DE-7"}}\n</tool_call>'
+    assert trained(encoder(calling).encode(tools_chat()), calling) == [
+        f"{call}<|im_end|>",
+        "<think></think>In Köln.<|im_end|>",
+    ]
+
+
+def test_empty_content_beside_calls(calling: Any) -> None:
+    """Mutation: leave the content out, which templates that trim it refuse."""
+    calling.chat_template = CALLING.replace(
+        "{% if m.content %}{{ m.content }}{% endif %}", "{{ m.content.strip() }}"
     )
     first = trained(encoder(calling).encode(tools_chat()), calling)[0]
     assert first.startswith("<tool_call>")
@@ -216,7 +231,7 @@ def test_end_of_turn_that_is_not_eos_is_noted(make_tokenizer: Make) -> None:
     sample = encode.encode(chat("Hi", "yes"))
     assert trained(sample, tokenizer) == ["yes<|im_end|>"]
     (note,) = encode.notes
-    assert note.startswith("turns end with <|im_end|>, the tokenizer's eos token is </s>")
+    assert note.startswith("turns end with <|im_end|>, the tokenizer ends with </s>")
     assert summarize([sample], notes=encode.notes).lines()[-1] == note
 
 

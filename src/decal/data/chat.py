@@ -82,11 +82,8 @@ class Encoder:
         eos = self.tokenizer.eos_token_id
         if self._ends and eos not in self._ends:
             ends = " or ".join(sorted(self.tokenizer.decode([end]) for end in self._ends))
-            known = "none" if eos is None else self.tokenizer.decode([eos])
-            notes.append(
-                f"turns end with {ends}, the tokenizer's eos token is {known}: generation must "
-                "stop at both"
-            )
+            own = "has no eos token" if eos is None else f"ends with {self.tokenizer.decode([eos])}"
+            notes.append(f"turns end with {ends}, the tokenizer {own}: generation must stop there")
         return tuple(notes)
 
     def encode(self, example: Example) -> Sample:

@@ -19,16 +19,16 @@ class Message:
 
     role: str
     content: str
-    """Its text; empty where a message only calls tools."""
+    """Its text; empty where a message only calls tools and the row has null, because templates
+    would write that out."""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Further keys for the chat template as the row has them: tool_calls, tool_call_id, name,
-    reasoning_content, … A `content` in here is the row's own null."""
+    reasoning_content, …"""
     trained: bool = True
     """False for a turn of the assistant with `weight: 0`: it is part of the prompt only."""
 
     def as_dict(self, *, decode_arguments: bool = True) -> dict[str, Any]:
-        """The message as chat templates take it; without the content where the row has null, or
-        many a template would write `None`.
+        """The message as chat templates take it.
 
         Args:
             decode_arguments: hand on the arguments of tool calls as objects where the row has JSON
@@ -38,8 +38,7 @@ class Message:
         extra = dict(self.extra)
         if decode_arguments and "tool_calls" in extra:
             extra["tool_calls"] = [_decoded(call) for call in extra["tool_calls"]]
-        message = {"role": self.role, "content": self.content, **extra}
-        return {key: value for key, value in message.items() if value is not None}
+        return {"role": self.role, "content": self.content, **extra}
 
 
 @dataclass(frozen=True, kw_only=True)

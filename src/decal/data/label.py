@@ -42,7 +42,7 @@ def class_names(
         near = nearest(name, list(names))
         raise DataError(
             f"{len(unseen):,} class{'es' if len(unseen) != 1 else ''} of the evaluation rows "
-            "do not occur in the training rows",
+            f"{'does' if len(unseen) == 1 else 'do'} not occur in the training rows",
             details=[f"row {row}: `{name}`"],
             hint=f"is `{near}` meant?"
             if near

@@ -83,7 +83,7 @@ def _message(i: int, turn: object, column: str, ignored: set[str]) -> Message:
     what = f"`content` of message {i} ({role})"
     given = turn.get("content")
     if given is None and extra.get("tool_calls"):
-        content, extra["content"] = "", None
+        content = ""
     elif isinstance(given, list):
         content = "".join(_part(i, j, part) for j, part in enumerate(given, start=1))
     else:

@@ -13,8 +13,11 @@ including the end-of-turn token. A span is looked for in this order:
    is a true prefix of this row's text, the turn begins where it ends: precisely where a model
    begins to speak at inference. Nothing is assumed: templates that strip earlier thinking, or that
    treat the last turn differently, fail the comparison and go on to 3.
-3. The turn's content, if it occurs once and only once after the previous assistant turn. Spaces in
-   front of it belong to it, because tokenizers put a space and a word into one token.
+3. Substitution. The same chat is rendered with a sentinel instead of what the turn says. If the
+   two texts are equal before the sentinel and equal behind it, what lies between is the turn, and
+   it must be the turn's content. Spaces in front of it belong to it, because tokenizers put a space
+   and a word into one token; so does what the generation prompt leaves to the model, where it is a
+   prefix.
 
 Otherwise the row is refused. The end of a turn is the first *mark* (an added or special token in
 the text) that follows the content after white space only. Where a template wraps the content (an
@@ -23,8 +26,9 @@ messages up to and including the turn proves to be the turn's own. A turn withou
 would teach the model never to stop, and is refused too.
 
 Rejected: looking for role headers such as `<|im_start|>assistant` (one regular expression per model
-family, and a user who writes the header into a message shifts every span), and comparing the tokens
-of prefixes (tokens merge across the boundary).
+family, and a user who writes the header into a message shifts every span), looking for the turn's
+content (short answers occur everywhere), and comparing the tokens of prefixes (tokens merge across
+the boundary).
 """
 
 from __future__ import annotations
@@ -40,6 +44,9 @@ from decal.data.tokens import Span
 
 Render = Callable[[Sequence[Message], bool], "str | None"]
 """(messages, add_generation_prompt) -> text, or None where the template refuses them."""
+
+SENTINEL = "\U0010fffd\U0010fffe\U0010fffd"
+"""Stands for a turn's words: text that no template looks for and no row holds."""
 
 NO_END = "no end-of-turn token"
 NOT_FOUND = "an assistant turn that cannot be located"
@@ -136,6 +143,7 @@ def _marked_span(row: Rendered, i: int, run: Span) -> Span:
 def _turn_span(row: Rendered, i: int, floor: int, render: Render) -> Span:
     prompt = render(row.messages[:i], True)
     content = row.messages[i].content.strip()
+    start = None
     if prompt is not None and len(prompt) >= floor and row.text.startswith(prompt):
         start = len(prompt)
         spoken = _skip_space(row.text, start)
@@ -151,32 +159,44 @@ def _turn_span(row: Rendered, i: int, floor: int, render: Render) -> Span:
             if close is None:
                 raise _no_end(i, row.text[start : len(through)])
             return start, close
-    return _unique_span(row, i, floor, content)
+    return _substituted_span(row, i, (floor, start), render)
 
 
-def _unique_span(row: Rendered, i: int, floor: int, content: str) -> Span:
-    start = row.text.find(content, floor)
-    if _says_more(row.messages[i]):
-        what = "says more than its content, and is not where the generation prompt ends"
-    elif start < 0:
-        what = "is not found in the rendered chat as it was written"
-    elif row.text.find(content, start + 1) >= 0:
-        what = "occurs more than once in the rendered chat"
-    else:
-        close = _mark_after(row, start + len(content))
-        if close is None:
-            raise _no_end(i, content)
-        return len(row.text[:start].rstrip(" ")), close
-    raise RowError(
-        NOT_FOUND, f"message {i + 1} (assistant) {what}: {_quote(content)}", hint=HINT_NOT_FOUND
-    )
+def _substituted_span(row: Rendered, i: int, begin: tuple[int, int | None], render: Render) -> Span:
+    """The span between what stays the same when the turn says something else.
+
+    Args:
+        begin: end of the turn before, and of the generation prompt if it is a prefix of the text.
+    """
+    floor, prompt_end = begin
+    stand_in = (*row.messages[:i], Message("assistant", SENTINEL), *row.messages[i + 1 :])
+    before, found, behind = (render(stand_in, False) or "").partition(SENTINEL)
+    end = len(row.text) - len(behind)
+    same = row.text.startswith(before) and row.text.endswith(behind)
+    if not found or SENTINEL in behind or not same or not floor <= len(before) <= end:
+        raise RowError(
+            NOT_FOUND,
+            f"message {i + 1} (assistant) cannot be told from the rest of the rendered chat: "
+            f"{_quote(row.messages[i].content)}",
+            hint=HINT_NOT_FOUND,
+        )
+    _require_content(row, i, (len(before), end), whole=not _says_more(row.messages[i]))
+    close = _mark_after(row, end)
+    if close is None:
+        raise _no_end(i, row.text[len(before) : end])
+    start = len(row.text[: len(before)].rstrip(" "))
+    return start if prompt_end is None else min(start, prompt_end), close
 
 
-def _require_content(row: Rendered, i: int, region: Span) -> None:
-    """The region must hold what the turn says, white space apart: templates may re-indent it."""
+def _require_content(row: Rendered, i: int, region: Span, *, whole: bool = False) -> None:
+    """The region must hold what the turn says, white space apart: templates may re-indent it.
+
+    Args:
+        whole: and nothing but the content.
+    """
     rendered = _squeeze(row.text[slice(*region)])
     for said in _said(row.messages[i]):
-        if not _occurs(said, rendered):
+        if not _occurs(said, rendered) or (whole and rendered != _squeeze(said)):
             raise RowError(
                 REWRITTEN,
                 f"message {i + 1} (assistant) is rendered as {_quote(row.text[slice(*region)])}, "

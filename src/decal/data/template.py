@@ -61,6 +61,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        self._texts: dict[bool, str] = {}
+        self._undated: dict[bool, str | None] = {}
         self._default: str | None = None
         if not tokenizer.chat_template:
             bos = "{{ bos_token }}" if own_bos(tokenizer) is not None else ""
@@ -126,10 +128,14 @@ class ChatTemplate:
         return True
 
     def _text(self, tools: Sequence[Any] | None) -> str:
+        """The template that rows with or without tools take."""
         if self._default is not None:
             return self._default
         try:
-            return self._tokenizer.get_chat_template(tools=list(tools) if tools else None)
+            if bool(tools) not in self._texts:
+                text = self._tokenizer.get_chat_template(tools=list(tools) if tools else None)
+                self._texts[bool(tools)] = text
+            return self._texts[bool(tools)]
         except ValueError as error:
             raise DataError(
                 "the tokenizer has several chat templates and none is called `default`",
@@ -146,9 +152,11 @@ class ChatTemplate:
 
     def _dating(self, tools: Sequence[Any] | None) -> str | None:
         """The template with the date of DAY in it; None where it asks for no date."""
-        text = self._text(tools)
-        undated = TODAY.sub(lambda found: repr(DAY.strftime(found[2])), text)
-        return undated if undated != text else None
+        if bool(tools) not in self._undated:
+            text = self._text(tools)
+            undated = TODAY.sub(lambda found: repr(DAY.strftime(found[2])), text)
+            self._undated[bool(tools)] = undated if undated != text else None
+        return self._undated[bool(tools)]
 
     def _chat(self, messages: Sequence[Message], decode_arguments: bool) -> list[dict[str, Any]]:
         return [message.as_dict(decode_arguments=decode_arguments) for message in messages]
