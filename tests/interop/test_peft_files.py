@@ -1,7 +1,7 @@
 """PEFT's own files are read by us, ours are read by PEFT: the same tensors, the same logits.
 
-One table of options: a line is an adapter that the real peft makes of a tiny model, with random
-values in everything it trains. It is read, written again, and loaded by peft from both folders.
+Each adapter of the table (tests/peft_adapters.py) is made by the real peft. It is read, written
+again, and loaded by peft from both folders.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from decal.config import LoraConfig
 from decal.errors import AdapterError, DecalWarning
@@ -24,93 +23,13 @@ from decal.store.peft import (
     read_adapter,
     write_adapter,
 )
-from tests.zoo import ZOO, build
+from tests.peft_adapters import OPTIONS, QV, TIED, base, logits, theirs
+from tests.zoo import ZOO
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.interop
 
-QV = ["q_proj", "v_proj"]
-IDS = torch.arange(5, 18)[None]
 PREFIX = "base_model.model."
-
-OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "plain": ("llama", {}),
-    "rslora": ("llama", {"use_rslora": True}),
-    "all-linear": ("llama", {"target_modules": "all-linear"}),
-    "expression": ("llama", {"target_modules": r".*layers\.1.*(q|k)_proj"}),
-    "some not there": ("llama", {"target_modules": ["q_proj", "does_not_exist"]}),
-    "half an alpha": ("llama", {"task_type": None, "lora_alpha": 7.5}),
-    "orthogonal": ("llama", {"r": 4, "lora_alpha": 9, "init_lora_weights": "orthogonal"}),
-    "gaussian": ("llama", {"init_lora_weights": "gaussian"}),
-    "kaiming": ("llama", {"init_lora_weights": True}),
-    "eva": ("llama", {"init_lora_weights": "eva"}),
-    "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "ranks": (
-        "llama",
-        {"rank_pattern": {r"layers\.1\..*q_proj": 2, "q_proj": 5}, "alpha_pattern": {"v_proj": 4}},
-    ),
-    "ranks and rslora": (
-        "llama",
-        {"rank_pattern": {"^model.layers.0.self_attn.q_proj": 5}, "use_rslora": True},
-    ),
-    "excluded": ("llama", {"exclude_modules": ["v_proj"]}),
-    "excluded expression": (
-        "llama",
-        {"target_modules": "all-linear", "exclude_modules": r".*\.mlp\..*"},
-    ),
-    "layers": ("llama", {"layers_to_transform": [1], "exclude_modules": ["v_proj"]}),
-    "layer and pattern": ("llama", {"layers_to_transform": 0, "layers_pattern": "layers"}),
-    "layer and patterns": ("llama", {"layers_to_transform": [0], "layers_pattern": ["layers"]}),
-    "biases": ("llama", {"bias": "all"}),
-    "their biases": ("llama", {"bias": "lora_only"}),
-    "biases of conv1d": (
-        "gpt2",
-        {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True},
-    ),
-    "bias of B": ("llama", {"lora_bias": True}),
-    "all biases": ("qwen2", {"lora_bias": True, "bias": "lora_only", "init_lora_weights": False}),
-    "head": ("qwen2", {"modules_to_save": ["lm_head"]}),
-    "head and embedding": ("qwen2", {"modules_to_save": ["lm_head", "embed_tokens"]}),
-    "tied head and embedding": ("llama", {"modules_to_save": ["lm_head", "embed_tokens"]}),
-    "tied embedding": ("llama", {"modules_to_save": ["embed_tokens"]}),
-    "tied head": ("llama", {"modules_to_save": ["lm_head"]}),
-    "norms": ("llama", {"modules_to_save": ["norm"]}),
-    "blocks": ("llama", {"modules_to_save": ["mlp"], "bias": "all"}),
-    "saved layer with biases": ("llama", {"modules_to_save": ["k_proj"], "bias": "all"}),
-    "embedding": ("qwen2", {"target_modules": ["q_proj", "embed_tokens"]}),
-    "embedding by expression": ("qwen2", {"target_modules": r".*(q_proj|embed_tokens)"}),
-    "tied embedding adapted": ("llama", {"target_modules": ["q_proj", "embed_tokens"]}),
-    "head adapted": ("qwen2", {"target_modules": ["q_proj", "lm_head"]}),
-    "both adapted": ("llama", {"target_modules": ["q_proj", "lm_head", "embed_tokens"]}),
-    "embedding of gpt2": (
-        "gpt2",
-        {"target_modules": ["c_attn", "wte"], "fan_in_fan_out": True},
-    ),
-    "head adapted, with biases": (
-        "llama",
-        {"target_modules": ["q_proj", "lm_head"], "bias": "all"},
-    ),
-    "classifier": ("llama_classify", {"task_type": "SEQ_CLS"}),
-    "classifier of bert": (
-        "bert",
-        {"task_type": "SEQ_CLS", "target_modules": ["query", "value"]},
-    ),
-    "classifier of bert, biases": (
-        "bert",
-        {"task_type": "SEQ_CLS", "target_modules": ["query"], "bias": "all"},
-    ),
-    "classifier of roberta": (
-        "roberta",
-        {"task_type": "SEQ_CLS", "target_modules": ["query"], "bias": "lora_only"},
-    ),
-    "experts beside": ("qwen3_moe", {"target_modules": QV}),
-}
-TIED: dict[str, dict[str, Any]] = {
-    "saved": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-    "adapted": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
-}
-"""Options whose files we write in another form, with the same meaning."""
-
 HARMLESS = (
     "is_gradient_checkpointing", "tie_word_embeddings=True", "low_cpu_mem_usage=False",
     "merging LoRA weights won't be possible",
@@ -118,42 +37,11 @@ HARMLESS = (
 """Warnings of peft about the base and itself; none about an adapter's files."""
 
 
-def _base(name: str) -> Any:
-    model = build(name)
-    model.set_experts_implementation("eager")  # torch's grouped product wants aligned widths
-    return model
-
-
-def _theirs(folder: Path, name: str, **settings: Any) -> Any:
-    defaults = {
-        "r": 3,
-        "lora_alpha": 7,
-        "lora_dropout": 0.1,
-        "target_modules": QV,
-        "task_type": "CAUSAL_LM",
-        "init_lora_weights": False,
-    }
-    model = peft.get_peft_model(_base(name), peft.LoraConfig(**{**defaults, **settings})).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(folder)
-    return model
-
-
-@torch.no_grad()
-def _logits(model: Any) -> Tensor:
-    result: Tensor = model(IDS).logits
-    return result
-
-
 def _loaded(name: str, folder: Path) -> Any:
     """The adapter as peft loads it; any warning about its files is an error."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        model = peft.PeftModel.from_pretrained(_base(name), folder).eval()
+        model = peft.PeftModel.from_pretrained(base(name), folder).eval()
     serious = [str(w.message) for w in told if not any(h in str(w.message) for h in HARMLESS)]
     assert not serious
     return model
@@ -175,9 +63,9 @@ def _same(model: Any, adapter: PeftAdapter) -> None:
         else:
             assert torch.equal(layer.lora_A["default"].weight, A)
             assert torch.equal(layer.lora_B["default"].weight, B)
-            theirs = layer.lora_B["default"].bias
-            assert (theirs is None) == (bias is None)
-            assert bias is None or torch.equal(theirs, bias)
+            own = layer.lora_B["default"].bias
+            assert (own is None) == (bias is None)
+            assert bias is None or torch.equal(own, bias)
         assert layer.scaling["default"] == adapter.config.scaling_of(name)
         assert layer.r["default"] == adapter.config.rank_of(name)
     state = {
@@ -199,17 +87,17 @@ def test_there_and_back_again(tmp_path: Path, option: str) -> None:
     whole module is left out, or if any setting is lost that changes what is computed.
     """
     name, settings = OPTIONS[option]
-    model = _theirs(tmp_path / "a", name, **settings)
+    model = theirs(tmp_path / "a", name, **settings)
     adapter = read_adapter(tmp_path / "a")
     _same(model, adapter)
     write_adapter(tmp_path / "b", adapter)
     again = _loaded(name, tmp_path / "b")
     _same(again, adapter)
-    assert torch.equal(_logits(again), _logits(model))
-    assert (_logits(model) - _logits(_base(name))).abs().max() > 0.05
+    assert torch.equal(logits(again), logits(model))
+    assert (logits(model) - logits(base(name))).abs().max() > 0.05
     _equal(adapter, read_adapter(tmp_path / "b"))
-    theirs, ours = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in "ab")
-    assert _comparable(ours, adapter) == _comparable(theirs, adapter)
+    read, ours = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in "ab")
+    assert _comparable(ours, adapter) == _comparable(read, adapter)
 
 
 def _equal(one: PeftAdapter, other: PeftAdapter) -> None:
@@ -240,7 +128,7 @@ def _comparable(raw: dict[str, Any], adapter: PeftAdapter) -> dict[str, Any]:
 def test_a_head_tied_by_peft_becomes_a_module_of_its_own(tmp_path: Path, option: str) -> None:
     """With ensure_weight_tying peft writes the head's tensors, but not its name. Fails if they are
     dropped: the head then keeps the old weight."""
-    model = _theirs(tmp_path / "a", "llama", **TIED[option])
+    model = theirs(tmp_path / "a", "llama", **TIED[option])
     adapter = read_adapter(tmp_path / "a")
     _same(model, adapter)
     assert "lm_head" in (
@@ -249,7 +137,7 @@ def test_a_head_tied_by_peft_becomes_a_module_of_its_own(tmp_path: Path, option:
     write_adapter(tmp_path / "b", adapter)
     again = _loaded("llama", tmp_path / "b")
     # float32 sums in another order: the head's factors are views of the embedding's in peft
-    torch.testing.assert_close(_logits(again), _logits(model), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}],
@@ -257,8 +145,8 @@ def test_a_head_tied_by_peft_becomes_a_module_of_its_own(tmp_path: Path, option:
 def test_a_resized_vocabulary_is_read(tmp_path: Path, settings: dict[str, Any]) -> None:
     """peft stores the resized matrices, beside modules_to_save even three times. They are copies of
     the base where they were not trained. Fails if a copy is taken for a trained parameter."""
-    _base("qwen2").save_pretrained(tmp_path / "base")
-    model = _base("qwen2")
+    base("qwen2").save_pretrained(tmp_path / "base")
+    model = base("qwen2")
     model.resize_token_embeddings(270)
     model.name_or_path = str(tmp_path / "base")
     model.config._name_or_path = str(tmp_path / "base")
@@ -277,7 +165,7 @@ def test_a_resized_vocabulary_is_read(tmp_path: Path, settings: dict[str, Any]) 
 def test_peeking_sees_what_reading_reads(tmp_path: Path) -> None:
     """Fails if the parameters count a copy of the base, or leave the biases out."""
     settings = {"modules_to_save": ["lm_head"], "bias": "all", "rank_pattern": {"q_proj": 5}}
-    _theirs(tmp_path / "a", "qwen2", target_modules=[*QV, "embed_tokens"], **settings)
+    theirs(tmp_path / "a", "qwen2", target_modules=[*QV, "embed_tokens"], **settings)
     adapter, header = read_adapter(tmp_path / "a"), peek_adapter(tmp_path / "a")
     assert header.config == adapter.config
     assert header.full == {name: tuple(t.shape) for name, t in adapter.full.items()}
@@ -294,7 +182,7 @@ def test_peeking_sees_what_reading_reads(tmp_path: Path) -> None:
 
 
 def test_a_pickle_of_theirs_is_read_with_a_warning(tmp_path: Path) -> None:
-    model = _theirs(tmp_path / "a", "llama", bias="all")
+    model = theirs(tmp_path / "a", "llama", bias="all")
     model.save_pretrained(tmp_path / "b", safe_serialization=False)
     assert not (tmp_path / "b" / "adapter_model.safetensors").exists()
     with pytest.warns(DecalWarning, match="stored as a pickle"):
@@ -366,21 +254,21 @@ def test_ours_is_read_by_peft(tmp_path: Path, option: str) -> None:
 def test_variants_of_theirs_are_refused_by_name(
     tmp_path: Path, settings: dict[str, Any], word: str
 ) -> None:
-    _theirs(tmp_path / "a", "llama", **settings)
+    theirs(tmp_path / "a", "llama", **settings)
     with pytest.raises(AdapterError, match=word):
         read_adapter(tmp_path / "a")
 
 
 def test_their_other_methods_are_refused(tmp_path: Path) -> None:
     config = peft.IA3Config(task_type="CAUSAL_LM")
-    peft.get_peft_model(_base("llama"), config).save_pretrained(tmp_path / "a")
+    peft.get_peft_model(base("llama"), config).save_pretrained(tmp_path / "a")
     with pytest.raises(AdapterError, match="peft_type 'IA3'"):
         read_adapter(tmp_path / "a")
 
 
 def test_a_named_adapter_lies_in_a_folder_below(tmp_path: Path) -> None:
     config = peft.LoraConfig(r=3, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    peft.get_peft_model(_base("llama"), config, adapter_name="sql").save_pretrained(tmp_path / "a")
+    peft.get_peft_model(base("llama"), config, adapter_name="sql").save_pretrained(tmp_path / "a")
     with pytest.raises(AdapterError) as caught:
         read_adapter(tmp_path / "a")
     assert "sql" in str(caught.value.hint)

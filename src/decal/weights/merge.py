@@ -199,7 +199,7 @@ def _plan(base: BaseFiles, changes: Changes, dtype: MergeDtype) -> _Job:
         place = base.tensors.get(key, entry).file.name
         kind = _output_dtype(base, key, specs[key].dtype, dtype)
         shards[place][key] = TensorSpec(kind, specs[key].shape)
-    main = _main_dtype(specs)
+    main = _main_kind(specs)
     for key, tensor in changes.added.items():
         kind = main if dtype == "keep" else _DTYPES[dtype]
         shards[base.shards[-1].path.name][key] = TensorSpec(kind, tuple(tensor.shape))
@@ -322,11 +322,16 @@ def _config(job: _Job, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
 
 
 def _main_dtype(specs: Mapping[str, TensorSpec]) -> str:
+    """torch's name of the dtype that most weights have."""
+    return str(TORCH_DTYPES[_main_kind(specs)]).removeprefix("torch.")
+
+
+def _main_kind(specs: Mapping[str, TensorSpec]) -> str:
     size: dict[str, int] = {}
     for spec in specs.values():
         if spec.dtype in FLOATS:
             size[spec.dtype] = size.get(spec.dtype, 0) + spec.nbytes
-    return str(TORCH_DTYPES[max(size, key=lambda name: size[name])]).removeprefix("torch.")
+    return max(size, key=lambda name: size[name])
 
 
 def _report(job: _Job, out: Path, hashes: Mapping[str, str]) -> MergeReport:
