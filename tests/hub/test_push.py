@@ -207,6 +207,44 @@ def test_private_and_branches(hub: Hub, online: Worker, trained: Path) -> None:
     assert on_hub(hub, "ann/open") == {"x": b"x"}
 
 
+def test_old_weights_do_not_stay(hub: Hub, online: Worker, trained: Path, tmp_path: Path) -> None:
+    """Loaders take model.safetensors before shards, and an adapter before a model.
+
+    Fails when a push leaves what would be loaded instead of it, or removes anything else.
+    """
+    assert online(decal, "merge", str(trained), "-o", str(tmp_path / "merged")).code == 0
+    old = {"model-00001-of-00002.safetensors": b"old", "model.safetensors.index.json": b"{}"}
+    hub.add("ann/sharded", {**old, "notes.txt": b"mine"})
+    _, said = online(push, str(tmp_path / "merged"), "ann/sharded", {}, token=WRITER)
+    assert "2 files of an earlier push are removed" in said[0]
+    files = on_hub(hub, "ann/sharded")
+    assert not set(old) & set(files)
+    assert files["notes.txt"] == b"mine"
+    with pytest.raises(DecalError, match="holds weights of the kind model"):
+        online(push, str(trained), "ann/sharded", {}, token=WRITER)
+    hub.add("ann/both", {"adapter_config.json": b"{}"})
+    with pytest.raises(DecalError, match="holds weights of the kind adapter"):
+        online(push, str(tmp_path / "merged"), "ann/both", {}, token=WRITER)
+
+
+def test_a_model_trained_whole(hub: Hub, online: Worker, offline: Worker, local: Path) -> None:
+    """Its card has the run's facts, and no path goes up with config or tokenizer."""
+    text = (local / "run.yaml").read_text()
+    changed = re.sub(r"(?m)^adapter:\n(  .*\n)+", "adapter: full\n", text)
+    changed = changed.replace(f"output: {local}", f"output: {local}-full")
+    (local.parent / "full.yaml").write_text(changed)
+    done = offline(decal, "train", str(local.parent / "full.yaml"))
+    assert done.code == 0, done.err
+    online(push, f"{local}-full", "ann/whole", {}, token=WRITER)
+    files = on_hub(hub, "ann/whole")
+    assert {"config.json", "model.safetensors", "tokenizer_config.json"} <= set(files)
+    for name, data in files.items():
+        assert b"secret-place" not in data, name
+    assert "full fine-tuning" in files["README.md"].decode()
+    assert "fine-tuned from `my-base`" in files["README.md"].decode()
+    assert online(load_id, "ann/whole", None) == "LlamaForCausalLM"
+
+
 @pytest.mark.parametrize(
     ("repo", "token", "message", "hint"),
     [

@@ -11,25 +11,30 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, get_token
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    errors,
+    get_token,
+)
 from huggingface_hub.utils import validate_repo_id
 
-from decal.config import FullConfig, LoraConfig, RunConfig
 from decal.errors import DecalError, VerificationError
 from decal.model.adapter import Adapter
-from decal.model.hub import may_be_on_hub, near_path, on_the_way, reason
-from decal.report.card import MARK, CardFacts, Value, card
-from decal.runfile import parse_run
+from decal.model.hub import near_path, on_the_way, reason
+from decal.report.card import MARK, CardFacts, card
 from decal.store.base import INDEX_NAME, open_base
 from decal.store.peft import CONFIG_NAME, WEIGHTS_NAME
-from decal.store.run import RunFolder
-from decal.verbs.target import BASE, LABELS, QUANTIZER, Target, metadata_json, read, resolve
+from decal.verbs.facts import adapter_facts, model_facts, on_hub
+from decal.verbs.target import BASE, Target, metadata_json, read, resolve
 from decal.version import __version__
 
 CARD = "README.md"
@@ -41,6 +46,12 @@ _TEXTS = (
     "LICENSE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 """Files beside the weights, by their usual names: a folder may hold anything else too."""
+
+_WEIGHTS = {
+    "model": ("model.safetensors", "model-*-of-*.safetensors", INDEX_NAME, "pytorch_model*.bin*"),
+    "adapter": (WEIGHTS_NAME, "adapter_model.bin", CONFIG_NAME),
+}
+"""By what a loader knows that a repository holds a model, or an adapter."""
 
 Files = dict[str, Path | bytes]
 
@@ -92,20 +103,30 @@ def push(
     """
     _refuse_at_once(target, repo)
     found = resolve(target)
-    files, facts = _contents(found, say or (lambda line: None))
+    say = say or (lambda line: None)
+    files, facts = _contents(found, say)
+    own = Path(found.path) / CARD
     api = HfApi(library_name="decal", library_version=__version__)
     try:
         name = _made(api, repo, private, revision)
         facts = replace(facts, repo=name)
-        kept = _foreign_card(api, name, revision, Path(found.path))
-        if kept is None:
+        there = api.list_repo_files(name, revision=revision)
+        stale = _stale(name, facts.kind, there, files)
+        if stale:
+            say(f"{len(stale)} files of an earlier push are removed, first `{stale[0]}`")
+        kept = _is_foreign(own) or (
+            CARD in there and _is_foreign(Path(api.hf_hub_download(name, CARD, revision=revision)))
+        )
+        if _is_foreign(own):
+            files[CARD] = own
+        elif not kept:
             files[CARD] = card(facts).encode("utf-8")
-        elif isinstance(kept, Path):
-            files[CARD] = kept
-        operations = [CommitOperationAdd(path, _source(data)) for path, data in files.items()]
         done = api.create_commit(
             name,
-            operations,
+            [
+                *(CommitOperationAdd(path, _source(data)) for path, data in files.items()),
+                *(CommitOperationDelete(path) for path in stale),
+            ],
             commit_message=message or f"Upload {facts.kind} with decal",
             revision=revision,
         )
@@ -119,7 +140,7 @@ def push(
         url=f"{constants.ENDPOINT}/{name}" + (f"/tree/{revision}" if revision else ""),
         commit=done.oid,
         files=tuple(sorted(files)),
-        card="written" if kept is None else "kept",
+        card="kept" if kept else "written",
     )
 
 
@@ -159,16 +180,31 @@ def _made(api: HfApi, repo: str, private: bool, revision: str | None) -> str:
     return name
 
 
-def _foreign_card(api: HfApi, repo: str, revision: str | None, folder: Path) -> Path | str | None:
-    """A card that somebody else wrote: the folder's to upload, or the hub's, which stays."""
-    local = folder / CARD
-    if local.is_file() and MARK not in local.read_text(encoding="utf-8", errors="replace"):
-        return local
-    try:
-        there = Path(api.hf_hub_download(repo, CARD, revision=revision))
-    except errors.EntryNotFoundError:
-        return None
-    return None if MARK in there.read_text(encoding="utf-8", errors="replace") else "there"
+def _stale(repo: str, kind: str, there: list[str], files: Files) -> list[str]:
+    """Weights of an earlier push that would be loaded with the new ones, or instead of them.
+
+    Raises:
+        DecalError: the repository holds an adapter where a model is pushed, or the reverse.
+    """
+    left = [path for path in there if path not in files]
+    found = {
+        kind: [path for path in left if any(fnmatch(path, pattern) for pattern in patterns)]
+        for kind, patterns in _WEIGHTS.items()
+    }
+    other = "adapter" if kind == "model" else "model"
+    if found[other]:
+        raise DecalError(
+            f"`{repo}` holds weights of the kind {other}, and what is pushed is of the kind"
+            f" {kind}: one repository cannot be loaded as both",
+            details=found[other][:1],
+            hint="choose another repository",
+        )
+    return found[kind]
+
+
+def _is_foreign(readme: Path) -> bool:
+    """Whether somebody wrote this card by hand."""
+    return readme.is_file() and MARK not in readme.read_text(encoding="utf-8", errors="replace")
 
 
 def _source(data: Path | bytes) -> str | bytes:
@@ -219,7 +255,7 @@ def _push_error(repo: str, error: Exception) -> DecalError:
     )
 
 
-# --- what is uploaded, and what is known of it ------------------------------------------------
+# --- what is uploaded -------------------------------------------------------------------------
 
 
 def _contents(target: Target, say: Callable[[str], None]) -> tuple[Files, CardFacts]:
@@ -230,18 +266,14 @@ def _contents(target: Target, say: Callable[[str], None]) -> tuple[Files, CardFa
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _TEXTS)
     }
     if target.kind == "model":
-        return files | _model_files(folder), _model_facts(target)
+        return files | _model_files(folder), model_facts(target)
     _, adapter = read(folder)
     names = (CONFIG_NAME, WEIGHTS_NAME)
     files |= {name: folder / name for name in names}
-    if adapter.base is not None and not _on_hub(adapter.base):
+    if adapter.base is not None and not on_hub(adapter.base):
         say(f"the base is a folder on this disk: `{adapter.base}` is left out of what is uploaded")
         files |= _without_path(adapter)
-    return files, _adapter_facts(target, adapter)
-
-
-def _on_hub(base: str) -> bool:
-    return may_be_on_hub(base) and not Path(base).exists()
+    return files, adapter_facts(target, adapter)
 
 
 def _without_path(adapter: Adapter) -> Files:
@@ -265,112 +297,3 @@ def _model_files(folder: Path) -> Files:
         kept = {k: v for k, v in opened.config.items() if k != "_name_or_path"}
         files["config.json"] = (json.dumps(kept, indent=2) + "\n").encode("utf-8")
     return files
-
-
-def _model_facts(target: Target) -> CardFacts:
-    run = _run_facts(target)
-    config = open_base(target.path).config
-    named = config.get("id2label") or {}
-    classifies = any("Classification" in name for name in config.get("architectures") or [])
-    labels = tuple(str(label) for label in named.values()) if classifies else ()
-    return CardFacts(repo="", kind="model", labels=labels, **run)
-
-
-def _adapter_facts(target: Target, adapter: Adapter) -> CardFacts:
-    run = _run_facts(target)
-    base = metadata_json(adapter, BASE) or {}
-    if adapter.base is not None:
-        run["base_on_hub"] = _on_hub(adapter.base)
-        run["base"] = adapter.base if run["base_on_hub"] else Path(adapter.base).name
-        run["commit"] = base.get("commit")
-    run["settings"] = _lora_settings(adapter) | run.get("settings", {})
-    if "dtype" in base:
-        run["settings"]["computed in"] = base["dtype"]
-    written_by = adapter.metadata.get("decal.version")
-    if written_by and "versions" not in run:
-        run["versions"] = {"decal": written_by}
-    labels = json.loads(adapter.metadata.get(LABELS, "[]"))
-    quantized = _quantized(metadata_json(adapter, QUANTIZER))
-    return CardFacts(repo="", kind="adapter", labels=labels, quantized=quantized, **run)
-
-
-def _lora_settings(adapter: Adapter) -> dict[str, Value]:
-    config: LoraConfig = adapter.config
-    kinds = dict.fromkeys(module.rpartition(".")[2] for module in adapter.tensors)
-    found: dict[str, Value] = {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "target modules": ", ".join(kinds),
-        "parameters": adapter.parameters,
-    }
-    if config.use_rslora:
-        found["use_rslora"] = True
-    if config.modules_to_save:
-        found["modules_to_save"] = ", ".join(config.modules_to_save)
-    return found
-
-
-def _quantized(recorded: Mapping[str, Any] | None) -> str | None:
-    if not recorded:
-        return None
-    text = str(recorded.get("format", "fewer bits"))
-    if recorded.get("block_size") and text != "int8":
-        text += f" in blocks of {recorded['block_size']}"
-    return text + (" with double quantization" if recorded.get("double") else "")
-
-
-def _run_facts(target: Target) -> dict[str, Any]:
-    """What the run folder knows: base, data, training settings, results, versions."""
-    if target.run is None:
-        return {}
-    run = RunFolder.look(target.run)
-    config: RunConfig = parse_run(run.settings, name=str(target.run / "run.yaml"))
-    info = run.info()
-    on_hub = _on_hub(config.base.path)
-    dataset = config.data.path if _on_hub(config.data.path) else None
-    data: dict[str, Value] = {"data": dataset or Path(config.data.path).name}
-    if "rows" in info:
-        data["rows"] = info["rows"]
-    data["max_length"] = config.data.max_length
-    return {
-        "base": config.base.path if on_hub else Path(config.base.path).name,
-        "base_on_hub": on_hub,
-        "dataset": dataset,
-        "data": data,
-        "settings": _train_settings(config),
-        "results": _results(info.get("result") or {}),
-        "versions": {k: info[k] for k in ("decal", "torch", "transformers") if k in info},
-    }
-
-
-def _train_settings(config: RunConfig) -> dict[str, Value]:
-    train = config.train
-    length: dict[str, Value] = {"epochs": train.epochs}
-    if train.max_steps is not None:
-        length = {"max_steps": train.max_steps}
-    method: dict[str, Value] = {}
-    if isinstance(config.adapter, FullConfig):
-        method = {"method": "full fine-tuning"}
-    return {
-        **method,
-        "lr": train.lr,
-        "schedule": train.schedule,
-        "warmup": train.warmup,
-        **length,
-        "batch_size": train.batch_size,
-        "optimizer": train.optimizer,
-        "seed": train.seed,
-    }
-
-
-def _results(result: Mapping[str, Any]) -> dict[str, Value]:
-    best = result.get("kept_step") == result.get("best_step")
-    named = {
-        "steps": result.get("kept_step") or result.get("steps"),
-        "training loss of the last step": result.get("loss"),
-        "evaluation loss": result.get("best_eval_loss" if best else "eval_loss"),
-        "accuracy": result.get("accuracy"),
-        "trained tokens": result.get("trained_tokens"),
-    }
-    return {name: value for name, value in named.items() if value is not None}
