@@ -137,7 +137,7 @@ def test_bits_per_quantized_weight(name: str, double: bool, bits: float, gigabyt
 
 
 def test_bytes_of_an_adapter_file(skeletons: dict[str, Any]) -> None:
-    """The course's 109.05 MB: rank 32 on the attention of Llama-3.1-8B. Mutation: 16-bit masters."""
+    """The course's 109.05 MB: rank 32 on the attention of Llama-3.1-8B. Mutation: 16-bit."""
     skeleton = skeletons["Llama-3.1-8B"]
     attach(skeleton, LoraConfig(r=32, target_modules=QKVO))
     parts = adapter_state(skeleton).values()
