@@ -293,6 +293,44 @@ def test_overflow_in_float16_skips_the_update_and_lowers_the_scale() -> None:
     assert twin.scaler_state() == optimizer.scaler_state()
 
 
+def test_small_gradients_survive_float16() -> None:
+    """1e-8 is zero in float16 (its smallest number is 6e-8); scaled by 2^16 it has 11 bits.
+
+    Mutation: unscale in float16, or leave the gradient scaled.
+    """
+    low = Parameter(torch.zeros(3, dtype=torch.float16))
+    (low.float() * 1e-8).sum().backward()
+    assert low.grad is not None
+    assert not low.grad.any()
+    low.grad = None
+    optimizer = Optimizer({"w": low}, config(), scale_loss=True)
+    for _ in range(2):
+        optimizer.backward((low.float() * 1e-8).sum())
+    norm = optimizer.gradient_norm()
+    assert float(norm) == pytest.approx(2e-8 * math.sqrt(3), rel=2.0**-10)
+    optimizer.update(0.5, norm)
+    assert optimizer.tensors()["w.master"].dtype == torch.float32
+    assert low.dtype == torch.float16
+    assert bool((low < 0).all())
+
+
+def test_an_overflow_between_micro_batches_skips_the_step_and_is_not_heard() -> None:
+    """float16 ends at 65504: a gradient of 2 overflows at a scale of 2^16, one of 0.5 does not.
+
+    Mutation: lose the infinity when the next micro-batch is added, or count infinity as heard.
+    """
+    low = Parameter(torch.zeros(3, dtype=torch.float16))
+    optimizer = Optimizer({"w": low}, config(), scale_loss=True)
+    optimizer.backward((low.float() * 2.0).sum())
+    optimizer.backward((low.float() * 0.5).sum())
+    assert not math.isfinite(float(optimizer.gradient_norm()))
+    assert optimizer.skip()
+    assert not low.any()
+    assert (optimizer.heard.updates, optimizer.heard.silent) == (0, {"w"})
+    optimizer.backward((low.float() * 0.5).sum())
+    assert float(optimizer.gradient_norm()) == pytest.approx(0.5 * math.sqrt(3), rel=1e-6)
+
+
 def test_nan_is_not_an_overflow_that_scaling_could_cure() -> None:
     """The scale stops at 1: below it scaling is not to blame. Mutation: skip forever."""
     parameter = Parameter(torch.ones(2))
