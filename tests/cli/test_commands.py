@@ -89,7 +89,8 @@ def test_merge(verb: Any, paths: list[str], base: str | None) -> None:
     assert main(["merge", *paths, "-o", "m", "--dtype", "fp32", "--onto", "original"]) == 0
     assert called.args == (base, "a", Path("m"))
     assert called.kwargs.pop("observe")
-    assert called.kwargs == {"dtype": "fp32", "onto": "original", "force": False}
+    wanted = {"dtype": "fp32", "onto": "original", "force": False, "trust_remote_code": False}
+    assert called.kwargs == wanted
 
 
 def test_quantize(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ COMMANDS = [
     "quantize",
     "dequantize",
     "env",
+    "completion",
 ]
 
 Raising = Callable[[BaseException], tuple[int, str]]

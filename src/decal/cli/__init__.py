@@ -25,6 +25,7 @@ from typer.core import TyperCommand, TyperGroup
 from decal import __version__
 from decal.cli import (
     compare,
+    completion,
     console,
     dequantize,
     diff,
@@ -86,6 +87,7 @@ for module in (
     quantize,
     dequantize,
     env,
+    completion,
 ):
     # A module's docstring begins `decal NAME: what it is for`; that is its line in the list.
     summary = (module.__doc__ or "").partition(": ")[2].partition("\n")[0].rstrip(".")
