@@ -99,6 +99,9 @@ def test_early_stopping_leaves_an_adapter_and_says_why(tmp_path: Path) -> None:
     assert json.loads((done.run / "info.json").read_text())["result"]["stopped"] == stopped
     assert stopped in [note.text for note in notes if isinstance(note, Note)]
     assert done.result.kept_step == done.result.best_step
+    summary = done.summary()
+    assert summary["stopped"] == stopped
+    assert "skipped" not in summary
 
 
 @pytest.mark.parametrize("name", ["early_stopping", "eval_every"])

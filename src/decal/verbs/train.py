@@ -51,13 +51,15 @@ class RunResult:
     """The model with its adapter, still loaded."""
 
     def summary(self) -> dict[str, Any]:
-        """The run in a few facts, for printing."""
+        """The run in a few facts, for printing; what did not happen is left out."""
+        result = _result_info(self.result)
+        rare = {key for key in ("stopped", "skipped") if not result[key]}
         return {
             "run": str(self.run),
             "weights": str(self.weights),
             "trainable_params": self.trainable_params,
             "total_params": self.total_params,
-            **_result_info(self.result),
+            **{key: value for key, value in result.items() if key not in rare},
             **self.scores,
         }
 
