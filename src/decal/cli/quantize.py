@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -40,7 +40,7 @@ def quantize(
     from decal.config import QuantConfig
     from decal.verbs.quantize import quantize as quantize_model
 
-    settings = {"format": format, "block_size": block_size, "double": not no_double}
+    settings: dict[str, Any] = {"format": format, "block_size": block_size, "double": not no_double}
     quant = QuantConfig(**settings, skip_modules=tuple(skip or ()))
     with Bytes(console.log(), "quantizing") as progress:
         done = quantize_model(model, out, quant, dtype=dtype, force=force, observe=progress.observe)

@@ -31,6 +31,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from decal.adapters import base_view
 from decal.errors import QuantError
 from decal.model.heads import in_head
 from decal.model.heap import give_back_freed
@@ -90,11 +91,7 @@ def quantizable_modules(model: nn.Module, skip: Sequence[str] = ()) -> list[str]
     """
     kept = {k for k in get_keys_to_not_convert(model) if k}
     kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, Conv1D) or isinstance(module, QuantLinear)
-    ]
+    linear = [name for name, module in model.named_modules() if _is_linear(module)]
     check_skips(skip, linear, model)
     return [
         name
@@ -103,9 +100,15 @@ def quantizable_modules(model: nn.Module, skip: Sequence[str] = ()) -> list[str]
     ]
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether the module computes x W^T + b and nothing else, whatever its class is called."""
+    return isinstance(module, nn.Linear | Conv1D | QuantLinear) and base_view(module) is not None
+
+
 def shell(module: nn.Module, packed: Packed, dtype: torch.dtype) -> QuantLinear:
     """The quantized layer that takes the place of `module`, a linear layer or Conv1D."""
-    layer = QuantLinear(packed, module.bias, dtype, transposed_source=isinstance(module, Conv1D))
+    bias: torch.Tensor | None = module.bias  # type: ignore[assignment]
+    layer = QuantLinear(packed, bias, dtype, transposed_source=isinstance(module, Conv1D))
     return layer.train(module.training)
 
 
@@ -204,7 +207,7 @@ class _ReadStored(ConversionOps):
         name = full_layer_name.rpartition(".")[0]
         module = model.get_submodule(name)
         try:
-            if type(module) not in (nn.Linear, Conv1D):
+            if not _is_linear(module):
                 raise QuantError(f"`{name}` is a {type(module).__name__}, not a linear layer")
             packed = from_bnb(name, {f"{name}.{key}": value for key, value in own.items()})
         except QuantError as error:

@@ -221,7 +221,7 @@ def dequantize(
     target = _DTYPES[dtype]
     skeleton = names.skeleton(str(files.folder))
     transposed = names.transposed_modules(skeleton)
-    prefixes = _stored_weights(files)
+    prefixes = stored_weights(files)
     if not prefixes:
         raise BaseModelError(f"`{model}` says that it is quantized, but none of its weights is")
     named = names.name_map(skeleton, [f"{prefix}.weight" for prefix in prefixes])
@@ -249,18 +249,24 @@ def dequantize(
     )
 
 
-def _stored_weights(files: BaseFiles) -> dict[str, tuple[str, ...]]:
-    """Module's prefix in the file -> the keys of its quantized weight, the codes first."""
-    found = {}
+def stored_weights(files: BaseFiles) -> dict[str, tuple[str, ...]]:
+    """Module's prefix in the file -> the keys of its quantized weight, the codes first.
+
+    Raises:
+        BaseModelError: scales without codes.
+    """
+    inside: dict[str, list[str]] = {}
     for key in files.tensors:
-        prefix, mark, _ = key.partition(f".weight.{STATE}")
+        prefix, mark, _ = key.partition(".weight.")
         if mark:
-            inside = [k for k in files.tensors if k.startswith(f"{prefix}.weight.")]
-            found[prefix] = (f"{prefix}.weight", *inside)
-        elif key.endswith(".SCB"):
-            prefix = key.removesuffix(".SCB")
-            names_ = (f"{prefix}.weight", key, f"{prefix}.weight_format")
-            found[prefix] = tuple(k for k in names_ if k in files.tensors)
+            inside.setdefault(prefix, []).append(key)
+        elif key.endswith((".SCB", ".weight_format")):
+            inside.setdefault(key.rpartition(".")[0], []).append(key)
+    found = {
+        prefix: (f"{prefix}.weight", *keys)
+        for prefix, keys in inside.items()
+        if any(STATE in key or key.endswith(".SCB") for key in keys)
+    }
     lost = [prefix for prefix in found if f"{prefix}.weight" not in files.tensors]
     if lost:
         raise BaseModelError(f"`{files.folder}` has scales for `{lost[0]}.weight`, but no weight")
