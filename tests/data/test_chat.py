@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from decal.data.example import Example
 from decal.data.stats import show_sample
@@ -215,6 +217,40 @@ def test_template_refusals_are_collected(make_tokenizer: Make) -> None:
         in caught.value.details[0]
     )
     assert "(and 2 more: 3, 5)" in caught.value.details[0]
+
+
+def _even(turns: list[str]) -> list[str]:
+    return turns[: len(turns) // 2 * 2]
+
+
+BITS = ("yes", " ", "\n", "a", "</s>", "<|im_end|>", "assistant", "<|im_start|>", "🙂", ".")
+"""What contents are made of: what templates write themselves, and what moves their tokens."""
+
+CONTENTS = st.lists(st.sampled_from(BITS), max_size=4).map("".join).filter(str.strip)
+PROPERTY = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+ENDS = {"chatml": "<|im_end|>", "inst": " </s>", "headers": "<|eot_id|>", "think-prompt": "</s>"}
+
+
+@pytest.mark.parametrize("template", ENDS)
+@PROPERTY
+@given(turns=st.lists(CONTENTS, min_size=2, max_size=6).map(_even))
+def test_whatever_is_said_is_trained_or_refused(
+    template: str, turns: list[str], make_tokenizer: Make
+) -> None:
+    """Mutations: search for the content; take the last end-of-turn token; take the first one."""
+    tokenizer = make_tokenizer(template)
+    try:
+        sample = encoder(tokenizer).encode(chat(*turns))
+    except DataError:
+        return
+    expected = [turn.strip() + ENDS[template].strip() for turn in turns[1::2]]
+    found = [text.strip() for text in trained(sample, tokenizer)]
+    assert ["".join(text.split()) for text in found] == ["".join(t.split()) for t in expected]
 
 
 # --- truncation -------------------------------------------------------------------------------
