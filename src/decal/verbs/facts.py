@@ -127,8 +127,10 @@ def _train_settings(config: RunConfig) -> dict[str, Value]:
 
 def _results(result: Mapping[str, Any]) -> dict[str, Value]:
     best = result.get("kept_step") == result.get("best_step")
+    last = result.get("kept_step") == result.get("steps")
     named = {
-        "steps": result.get("kept_step") or result.get("steps"),
+        "steps": result.get("steps"),
+        "step of these weights": None if last else result.get("kept_step"),
         "training loss of the last step": result.get("loss"),
         "evaluation loss": result.get("best_eval_loss" if best else "eval_loss"),
         "accuracy": result.get("accuracy"),

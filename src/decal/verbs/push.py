@@ -102,35 +102,18 @@ def push(
         VerificationError: the hub holds other bytes than were meant.
     """
     _refuse_at_once(target, repo)
-    found = resolve(target)
     say = say or (lambda line: None)
+    found = resolve(target)
     files, facts = _contents(found, say)
-    own = Path(found.path) / CARD
     api = HfApi(library_name="decal", library_version=__version__)
     try:
         name = _made(api, repo, private, revision)
-        facts = replace(facts, repo=name)
-        there = api.list_repo_files(name, revision=revision)
-        stale = _stale(name, facts.kind, there, files)
+        stale = _stale(name, facts.kind, api.list_repo_files(name, revision=revision), files)
         if stale:
             say(f"{len(stale)} files of an earlier push are removed, first `{stale[0]}`")
-        kept = _is_foreign(own) or (
-            CARD in there and _is_foreign(Path(api.hf_hub_download(name, CARD, revision=revision)))
-        )
-        if _is_foreign(own):
-            files[CARD] = own
-        elif not kept:
-            files[CARD] = card(facts).encode("utf-8")
-        done = api.create_commit(
-            name,
-            [
-                *(CommitOperationAdd(path, _source(data)) for path, data in files.items()),
-                *(CommitOperationDelete(path) for path in stale),
-            ],
-            commit_message=message or f"Upload {facts.kind} with decal",
-            revision=revision,
-        )
-        _verify(api, name, done.oid, files)
+        written = _add_card(api, replace(facts, repo=name), revision, Path(found.path), files)
+        message = message or f"Upload {facts.kind} with decal"
+        commit = _commit(api, name, revision, message, files, stale)
     except Exception as error:
         if not on_the_way(error):
             raise
@@ -138,9 +121,9 @@ def push(
     return Pushed(
         repo=name,
         url=f"{constants.ENDPOINT}/{name}" + (f"/tree/{revision}" if revision else ""),
-        commit=done.oid,
+        commit=commit,
         files=tuple(sorted(files)),
-        card="kept" if kept else "written",
+        card="written" if written else "kept",
     )
 
 
@@ -202,13 +185,40 @@ def _stale(repo: str, kind: str, there: list[str], files: Files) -> list[str]:
     return found[kind]
 
 
-def _is_foreign(readme: Path) -> bool:
-    """Whether somebody wrote this card by hand."""
+def _add_card(
+    api: HfApi, facts: CardFacts, revision: str | None, folder: Path, files: Files
+) -> bool:
+    """Adds a card to the files unless somebody wrote one by hand; whether it is decal's own.
+
+    One that lies in the folder is uploaded, one that is on the hub stays there.
+    """
+    if _by_hand(folder / CARD):
+        files[CARD] = folder / CARD
+        return False
+    if api.file_exists(facts.repo, CARD, revision=revision):
+        there = Path(api.hf_hub_download(facts.repo, CARD, revision=revision))
+        if _by_hand(there):
+            return False
+    files[CARD] = card(facts).encode("utf-8")
+    return True
+
+
+def _by_hand(readme: Path) -> bool:
     return readme.is_file() and MARK not in readme.read_text(encoding="utf-8", errors="replace")
 
 
-def _source(data: Path | bytes) -> str | bytes:
-    return data if isinstance(data, bytes) else str(data)
+def _commit(
+    api: HfApi, repo: str, revision: str | None, message: str, files: Files, stale: list[str]
+) -> str:
+    """Uploads and commits; the commit, after the hub's hashes were found to be those meant."""
+    added = [
+        CommitOperationAdd(path, data if isinstance(data, bytes) else str(data))
+        for path, data in files.items()
+    ]
+    removed = [CommitOperationDelete(path) for path in stale]
+    done = api.create_commit(repo, [*added, *removed], commit_message=message, revision=revision)
+    _verify(api, repo, done.oid, files)
+    return str(done.oid)
 
 
 def _verify(api: HfApi, repo: str, commit: str, files: Files) -> None:
