@@ -19,6 +19,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from decal.errors import AdapterError
@@ -166,6 +167,12 @@ class Adapter(Protocol):
     def low_rank(self) -> LowRank | None:
         """The factors if the delta is exactly scale * B @ A, else None."""
         ...
+
+
+def as_master(parameter: Tensor) -> Tensor:
+    """A copy of a parameter of the base to be trained: float32, or float64 of float64."""
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    return parameter.detach().to(wide, copy=True)
 
 
 def keeping_masters(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -51,6 +51,7 @@ from decal.adapters.base import (
     DropoutKey,
     LowRank,
     Piece,
+    as_master,
     current_routing,
     keeping_masters,
 )
@@ -271,8 +272,7 @@ class Lora(nn.Module):
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
         self.B_bias = None if B_bias is None else nn.Parameter(B_bias)
-        wide = None if slot.bias is None else slot.bias.detach().to(B.dtype, copy=True)
-        self.bias = None if wide is None else nn.Parameter(wide)
+        self.bias = None if slot.bias is None else nn.Parameter(as_master(slot.bias))
         self.scale = scale
         self.dropout = dropout
         self.module_name = slot.module

@@ -27,10 +27,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from decal.adapters.base import Routing, current_routing, keeping_masters
+from decal.adapters.base import Routing, as_master, current_routing, keeping_masters
 from decal.adapters.layer import BaseProxy, RoutingState
 from decal.errors import AdapterError
 
@@ -69,7 +68,7 @@ class Replacement(nn.Module):
                     node.add_module(part, nn.Module())
                 node = node._modules[part]  # type: ignore[assignment]
             if id(place.parameter) not in masters:
-                masters[id(place.parameter)] = _master(place)
+                masters[id(place.parameter)] = nn.Parameter(as_master(place.parameter))
             node.register_parameter(leaf, masters[id(place.parameter)])
 
     @contextmanager
@@ -93,11 +92,6 @@ class Replacement(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{n}: {list(p.shape)}" for n, p in self.named_parameters())
-
-
-def _master(place: Place) -> nn.Parameter:
-    wide = torch.promote_types(place.parameter.dtype, torch.float32)
-    return nn.Parameter(place.parameter.detach().to(wide, copy=True))
 
 
 class ReplacedModule(BaseProxy):
