@@ -171,7 +171,7 @@ def _plain_base(base: BaseFiles) -> None:
         name = method.get("quant_method", "unknown") if isinstance(method, dict) else "unknown"
         raise BaseModelError(
             f"base `{base.folder}` is stored quantized ({name}), a delta cannot be added to codes",
-            hint="merge onto the 16-bit model it was made of",
+            hint="merge onto the 16-bit model it was made of, or make one: `decal dequantize`",
         )
 
 
