@@ -165,6 +165,36 @@ ZOO: dict[str, Tiny] = {
         ),
         fused=("query_key_value",),
     ),
+    "opt": Tiny(
+        tf.OPTForCausalLM,
+        _config(
+            tf.OPTConfig,
+            hidden_size=48,
+            ffn_dim=75,
+            word_embed_proj_dim=30,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            max_position_embeddings=512,
+        ),
+    ),
+    "bloom": Tiny(
+        tf.BloomForCausalLM,
+        _config(tf.BloomConfig, hidden_size=48, n_layer=2, n_head=6),
+        flattens=False,
+        fused=("query_key_value",),
+    ),
+    "falcon": Tiny(
+        tf.FalconForCausalLM,
+        _config(
+            tf.FalconConfig,
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            multi_query=True,
+        ),
+        flattens=False,
+        fused=("query_key_value",),
+    ),
     "qwen3_moe": Tiny(
         tf.Qwen3MoeForCausalLM,
         _decoder(

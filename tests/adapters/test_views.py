@@ -55,3 +55,24 @@ def test_what_is_no_layer_is_none() -> None:
     assert base_view(nn.MultiheadAttention(4, 2).out_proj) is None
     assert base_view(nn.Dropout()) is None
     assert base_view(nn.LayerNorm(3)) is None
+
+
+class OwnWords(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Router(nn.Linear):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = super().forward(x)
+        return torch.topk(y, 1)[1], y
+
+
+def test_a_subclass_that_computes_more_than_the_product_is_no_layer() -> None:
+    """Falcon writes the product, Llama 4's router returns a choice. Mutations: accept torch's
+    own forward alone; accept every subclass."""
+    view = base_view(OwnWords(5, 7))
+    assert view is not None
+    assert (view.kind, view.shape) == ("linear", (7, 5))
+    assert base_view(Router(5, 7)) is None

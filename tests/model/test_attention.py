@@ -19,6 +19,7 @@ from transformers import (
 from decal.data.batch import Batch
 from decal.data.pack import flat_batch, padded_batch
 from decal.data.sample import Sample
+from decal.errors import BaseModelError
 from decal.model import attention
 
 SIZES: dict[str, Any] = {
@@ -142,3 +143,33 @@ def test_the_probe_sees_a_mask_that_flat_attention_does_not_know() -> None:
     )
     torch.manual_seed(3)
     assert not attention.flattens(Llama4ForCausalLM(config).eval())
+
+
+def refusing(*_: Any, **kwargs: Any) -> Any:
+    """A model that knows no flattened samples, as linear attention without its kernels."""
+    if "cu_seq_lens_q" in kwargs:
+        raise ValueError("samples cannot be kept apart")
+    return real_forward(*_, **kwargs)
+
+
+real_forward = LlamaForCausalLM.forward
+
+
+def test_an_architecture_that_raises_on_flat_batches_is_padded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Mutation: let the probe raise; a model that only padded batches suit could not be trained."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    assert attention.flattens(model)
+    monkeypatch.setattr(LlamaForCausalLM, "forward", refusing)
+    assert not attention.flattens(model)
+
+
+def test_a_model_that_computes_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise TypeError("unsupported operand type(s) for @")
+
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    monkeypatch.setattr(LlamaForCausalLM, "forward", broken)
+    with pytest.raises(BaseModelError, match="LlamaForCausalLM cannot compute logits"):
+        attention.flattens(model)

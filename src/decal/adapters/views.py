@@ -4,11 +4,12 @@ Knows no quantized format: a module that satisfies `BaseLayer` by itself (a quan
 does) is taken as it is. The orientation of transformers' Conv1D, which stores [in, out], ends here.
 
 Recognition is by structure, and strict. A subclass of nn.Linear whose weight does not have the
-shape [out, in] (bitsandbytes' packed layers, for example) is no linear layer to us, and neither is
-the output projection of nn.MultiheadAttention: its owner reads the weight and never calls forward,
-so an adapter on it would silently do nothing. An embedding that does more in forward than look rows
-up and scale them (learned positions with an offset, a norm) is none either, nor one that changes
-its own weight (max_norm).
+shape [out, in] (bitsandbytes' packed layers, for example) is no linear layer to us, nor one whose
+forward computes more than the product (Llama 4's router). Neither is the output projection of
+nn.MultiheadAttention: its owner reads the weight and never calls forward, so an adapter on it would
+silently do nothing. An embedding that does more in forward than look rows up and scale them
+(learned positions with an offset, a norm) is none either, nor one that changes its own weight
+(max_norm).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from decal.adapters.base import BaseLayer
 
+_PRODUCT = {"super", "forward", "weight", "bias", "T", "t", "linear", "F", "nn", "functional"}
+"""What a forward that writes x W^T + b in its own words names (Falcon's)."""
 _SCALED = {"super", "forward", "embed_scale", "to", "weight", "dtype"}
 """What the forward of a scaled embedding names, in transformers' two ways to write it."""
 
@@ -114,7 +117,7 @@ def base_view(module: nn.Module) -> BaseLayer | None:
             module.in_features,
         )
         called = type(module) is not nn.modules.linear.NonDynamicallyQuantizableLinear
-        return LinearView(module) if plain and called else None
+        return LinearView(module) if plain and called and _multiplies(module) else None
     if isinstance(module, nn.Embedding):
         return EmbeddingView(module) if _looks_up(module) else None
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
@@ -122,6 +125,12 @@ def base_view(module: nn.Module) -> BaseLayer | None:
     if isinstance(module, BaseLayer):
         return module
     return None
+
+
+def _multiplies(module: nn.Linear) -> bool:
+    """Whether forward is torch's own, or names nothing beyond what x W^T + b needs."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    return forward is nn.Linear.forward or _PRODUCT.issuperset(forward.__code__.co_names)
 
 
 def _looks_up(module: nn.Embedding) -> bool:

@@ -170,8 +170,12 @@ def leak(model: PreTrainedModel) -> float:
 
     The samples run flattened through our attention, and alone through the model's own: a mask that
     ours cannot see (chunks, linear biases) shows as well as a leak does. Returns the largest
-    difference relative to the largest logit's size. Rounding gives about 1e-2 in bfloat16 and 1e-5
-    in float32; a leak gives 0.1 and more.
+    difference relative to the largest logit's size; infinity for an architecture that refuses
+    flattened samples. Rounding gives about 1e-2 in bfloat16 and 1e-5 in float32; a leak gives 0.1
+    and more.
+
+    Raises:
+        BaseModelError: the model cannot even compute the logits of a single sample.
     """
     config = model.config.get_text_config()
     device = next(model.parameters()).device
@@ -182,14 +186,30 @@ def leak(model: PreTrainedModel) -> float:
     model.eval()
     try:
         with torch.no_grad():
-            with flat_attention(model):
-                together = forward(model, _batch(ids, lengths))
             parts = ids.split(lengths, dim=1)
             alone = [model(input_ids=part, use_cache=False).logits for part in parts]
+            with flat_attention(model):
+                together = _flat_logits(model, _batch(ids, lengths))
+    except (AttributeError, TypeError) as error:
+        raise BaseModelError(
+            f"{type(model).__name__} cannot compute logits: {error}",
+            hint="it may read the weights of its layers itself: name them in"
+            " adapter.exclude_modules and quant.skip_modules",
+        ) from error
     finally:
         model.train(was_training)
+    if together is None:
+        return float("inf")
     apart = torch.cat(alone, dim=1)
     return float((together - apart).abs().max().double() / apart.abs().max())
+
+
+def _flat_logits(model: PreTrainedModel, batch: Batch) -> Tensor | None:
+    """None where the architecture raises, as linear attention without its kernels does."""
+    try:
+        return forward(model, batch)
+    except (ValueError, TypeError, NotImplementedError):
+        return None
 
 
 def flattens(model: PreTrainedModel) -> bool:
