@@ -26,6 +26,8 @@ from decal.model.rates import learning_rates
 from decal.model.size import bits_per_weight
 from decal.model.unquantized import left_unquantized
 from decal.objectives import OBJECTIVES, classify
+from decal.quant import quant_format
+from decal.quant.codebook import CodebookFormat
 from decal.train.loop import total_steps
 from decal.verbs.load import check_fingerprint, labels_of, load_base
 from decal.verbs.rows import Say, encode, read_run_rows
@@ -219,7 +221,9 @@ def _batches(config: RunConfig, samples: list[Sample], flat: bool) -> Batches:
 def _say_base(model: Any, config: RunConfig, say: Say) -> None:
     stored = "16-bit" if config.base.dtype != "float32" else "32-bit"
     if config.quant.format != "none":
-        stored = config.quant.format + (" with double quantization" if config.quant.double else "")
+        nested = isinstance(quant_format(config.quant.format), CodebookFormat)
+        stored = config.quant.format
+        stored += " with double quantization" if nested and config.quant.double else ""
     say(
         f"base: {config.base.path} ({type(model).__name__}), {stored},"
         f" {bits_per_weight(model):.2f} bits per weight, computes in {config.base.dtype}"
