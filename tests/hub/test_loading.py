@@ -58,6 +58,22 @@ def test_what_is_in_the_cache_is_not_asked_for_again(
     assert not [r for r in requests if "tiny" in r.path]
 
 
+def test_a_run_asks_once_which_commit_is_meant(
+    hub: Hub, online: Worker, trained: Path, tmp_path: Path
+) -> None:
+    """Whatever a branch or the network does later, the run goes on, and saves, with that commit.
+
+    Fails when the tokenizer, the fingerprint or saving asks for the branch again.
+    """
+    again = (trained.parent / "run.yaml").read_text().replace(str(trained), str(tmp_path / "run"))
+    (tmp_path / "run.yaml").write_text(again)
+    with hub.asked() as requests:
+        done = online(decal, "train", str(tmp_path / "run.yaml"))
+    assert done.code == 0, done.err
+    asked = [r.path for r in requests if "tiny/base" in r.path]
+    assert asked == ["/api/models/tiny/base", "/api/models/tiny/base/revision/main"]
+
+
 def test_an_adapter_by_its_id(hub: Hub, online: Worker, trained: Path, tmp_path: Path) -> None:
     """inspect, merge, compare and generate take the id of an adapter's repository.
 
