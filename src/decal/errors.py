@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from pathlib import PurePath
 
 
 class DecalError(Exception):
@@ -110,3 +111,10 @@ def nearest(name: str, known: Sequence[str]) -> str | None:
     """The known name closest to `name`, or None if none is close enough to suggest."""
     found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return found[0] if found else None
+
+
+def nearest_file(name: str, known: Sequence[str]) -> str | None:
+    """The known file name closest to `name`: near in its stem too, not only by a common suffix."""
+    near = nearest(name, known)
+    alike = near is not None and nearest(PurePath(name).stem, [PurePath(near).stem])
+    return near if alike else None

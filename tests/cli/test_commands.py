@@ -272,6 +272,8 @@ def test_compare_knows_a_base_by_what_is_there(
         (Path(folder) / file).write_text("{}")
     assert main(["compare", "base", *more, "--prompt", "hi"]) == 0
     assert called.args == ("base", {"x": "runs/a"})
+    assert main(["compare", *more, "base", "--prompt", "hi"]) == 0
+    assert called.args == ("base", {"x": "runs/a"})
     assert main(["compare", "runs/a", *more, "--prompt", "hi"]) == 0
     assert called.args == (None, {"a": "runs/a", "x": "runs/a"})
     assert main(["compare", *more, "--base", "base", "--prompt", "hi"]) == 0
@@ -323,6 +325,15 @@ def test_init_writes_what_train_reads(tmp_path: Path, capsys: pytest.CaptureFixt
     config = load_run(path)
     assert (config.base.path, config.data.path, config.adapter.r) == ("1e5", "it's.jsonl", 6)
     assert capsys.readouterr().err == f"wrote {path}; next: decal train {path}\n"
+
+
+def test_init_shows_a_command_that_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails when a space in the path ends it."""
+    path = tmp_path / "a b.yaml"
+    assert main(["init", str(path)]) == 0
+    assert capsys.readouterr().err.endswith(f"next: decal train '{path}'\n")
 
 
 def test_init_replaces_nothing_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

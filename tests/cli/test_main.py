@@ -217,6 +217,25 @@ def test_colour_only_where_it_is_wanted(
     assert "\x1b[" not in capsys.readouterr().err
 
 
+def test_errors_are_wrapped_between_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], raising: Raising
+) -> None:
+    """Fails when a terminal breaks a path in two, or lines in a pipe are broken at all."""
+    path = "/long/" + "path/" * 6
+    error = DataError(f"the file `{path}` of the run is gone", details=["row 3 " * 20])
+    _, text = raising(error)
+    assert len(text.splitlines()) == 2
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "50")
+    _, text = raising(error)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 50
+    assert lines[:3] == ["error: the file", f"  `{path}` of the", "  run is gone"]
+    assert lines[3].startswith("  row 3")
+    assert text.count("row 3") == 20
+
+
 def test_warnings_are_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,18 +86,20 @@ def compare(
 def _sorted_out(
     given: Sequence[str], more: Sequence[str], base: str | None
 ) -> tuple[str | None, dict[str, str]]:
-    """The base, if it stands first, and the adapters by name.
+    """The base, if a model is among the paths without a name, and the adapters by name.
 
-    A first path without a name is the base if a model is there. What is no folder here may be on
-    the hub, where the names are looked at first: looking costs time.
+    A first path that is no folder here may be a model on the hub. Names are looked at before that:
+    asking the hub costs time.
     """
-    first, *rest = given or [""]
-    may_be_base = base is None and bool(first) and "=" not in first and bool([*rest, *more])
-    if may_be_base and Path(first).expanduser().is_dir() and _is_model(first):
-        return first, _named([*rest, *more])
+    if base is not None or len(given) + len(more) < 2:
+        return base, _named([*given, *more])
+    for path in (path for path in given if "=" not in path):
+        if Path(path).expanduser().is_dir() and _is_model(path):
+            return path, _named([*(p for p in given if p != path), *more])
     named = _named([*given, *more])
-    if may_be_base and not Path(first).expanduser().exists() and _is_model(first):
-        return first, _named([*rest, *more])
+    first = given[0] if given and "=" not in given[0] else None
+    if first is not None and not Path(first).expanduser().exists() and _is_model(first):
+        return first, _named([*given[1:], *more])
     return base, named
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO
@@ -75,13 +77,31 @@ def _painted(text: str, colour: int, stream: TextIO) -> str:
 def _complain(
     label: str, colour: int, message: str, details: Iterable[str], hint: str | None
 ) -> None:
-    lines = [f"{_painted(f'{label}:', colour, sys.stderr)} {message}"]
-    lines += [f"  {detail}" for detail in details]
+    lines = [_wrapped(message, f"{label}: ", colour)]
+    lines += [_wrapped(detail, "  ") for detail in details]
     if hint:
-        lines.append(f"{_painted('hint:', _CYAN, sys.stderr)} {hint}")
+        lines.append(_wrapped(hint, "hint: ", _CYAN))
     sys.stdout.flush()
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()
+
+
+def _wrapped(text: str, label: str, colour: int | None = None) -> str:
+    """`text` after its label; on a terminal broken between words, never inside a path."""
+    shown = label if colour is None else _painted(label.rstrip(), colour, sys.stderr) + " "
+    if not sys.stderr.isatty():
+        return shown + text
+    width = max(shutil.get_terminal_size().columns, 40)
+    lines = textwrap.wrap(
+        text,
+        width - 1,
+        initial_indent=" " * len(label),
+        subsequent_indent="  ",
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
+    return shown + "\n".join(lines)[len(label) :] if lines else shown + text
 
 
 def show_error(error: DecalError) -> None:

@@ -26,7 +26,10 @@ Chat = Annotated[
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(help="Sample among the likeliest with this probability.")]
+TopP = Annotated[
+    float,
+    typer.Option(min=0.0, max=1.0, help="Sample among the likeliest with this probability."),
+]
 TopK = Annotated[int | None, typer.Option(min=1, help="Sample among so many of the likeliest.")]
 Seed = Annotated[int, typer.Option(min=0, help="For temperatures above 0.")]
 RemoteCode = Annotated[

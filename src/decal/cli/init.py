@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -43,12 +44,12 @@ def init(
         console.write(text, end="")
         return
     write_text(path, text)
-    console.say(f"wrote {path}; next: decal train {path}")
+    console.say(f"wrote {path}; next: decal train {shlex.quote(str(path))}")
 
 
 def _refuse_occupied(path: Path, force: bool) -> None:
     if path.is_dir():
-        hint = f"name the file in it: decal init {path / 'run.yaml'}"
+        hint = f"name the file in it: decal init {shlex.quote(str(path / 'run.yaml'))}"
         raise OutputError(f"`{path}` is a folder, not a file", hint=hint)
     if not path.parent.is_dir():
         raise OutputError(f"there is no folder `{path.parent}` to write into", hint="make it first")

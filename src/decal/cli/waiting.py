@@ -6,20 +6,38 @@ import time
 from collections.abc import Callable
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 PATIENCE = 2.0
 """Seconds before the bar is drawn."""
 
 
 class Waiting:
-    """As a context manager it shows what `observe` is told and clears the bar at the end."""
+    """As a context manager it shows what `observe` is told and clears the bar at the end.
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
+    Args:
+        console: where to draw.
+        amount: how to show what is done; left out: as `3/20`.
+        clock: seconds that only ever rise.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        amount: ProgressColumn | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(24),
-            MofNCompleteColumn(),
+            amount or MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
         self._bar = Progress(*columns, console=console, transient=True)

@@ -23,7 +23,7 @@ from decal.data.messages import kind
 from decal.data.order import EVAL_STREAM, SHUFFLE_STREAM, permutation
 from decal.data.problems import Problems, RowError
 from decal.data.readers import READERS, RawRow, read_file, suffix_of
-from decal.errors import DataError, nearest
+from decal.errors import DataError, nearest_file
 
 __all__ = ["Example", "Message", "Rows", "read_rows", "split_eval"]
 
@@ -160,10 +160,11 @@ def _neighbour(path: Path) -> str | None:
     if not path.suffix and path.name == str(path):
         return "a hub data set is named owner/name"
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
-    near = nearest(path.name, names)
-    if near is None:
-        near = next((name for name in names if Path(name).suffix.lower() in READERS), None)
-    return f"did you mean `{folder / near}`?" if near else None
+    near = nearest_file(path.name, names)
+    if near is not None:
+        return f"did you mean `{folder / near}`?"
+    rows = [name for name in names if Path(name).suffix.lower() in READERS]
+    return f"`{folder}` holds {', '.join(rows[:3])}{', …' if rows[3:] else ''}" if rows else None
 
 
 def _is_hub_id(path: str) -> bool:

@@ -65,12 +65,12 @@ def compare(
             their rows differently.
         DataError: rows or prompts that cannot be used.
     """
+    if not adapters:
+        raise DecalError("no adapter to compare", hint="decal compare NAME=ADAPTER … --data FILE")
     if not prompts and not data:
         raise DecalError(
             "nothing to compare on", hint="give --prompt TEXT, --prompts FILE or --data FILE"
         )
-    if not adapters:
-        raise DecalError("no adapter to compare", hint="decal compare NAME=ADAPTER … --data FILE")
     if BASE_NAME in adapters:
         raise DecalError(f"`{BASE_NAME}` is what the base is called; name the adapter differently")
     found = {name: read(path) for name, path in adapters.items()}

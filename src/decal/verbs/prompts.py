@@ -8,7 +8,7 @@ from pathlib import Path
 from decal.data.messages import kind, parse_messages, parse_tools
 from decal.data.problems import Problems, RowError
 from decal.data.readers import read_file, suffix_of
-from decal.errors import DataError, nearest
+from decal.errors import DataError, nearest_file
 from decal.verbs.text import Chat, Prompt
 
 _TEXT = (".txt", ".md", "")
@@ -26,7 +26,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     file = Path(path).expanduser()
     if not file.is_file():
         siblings = [f.name for f in file.parent.iterdir()] if file.parent.is_dir() else []
-        near = nearest(file.name, siblings)
+        near = nearest_file(file.name, siblings)
         what = "is a folder" if file.is_dir() else "does not exist"
         hint = f"did you mean `{file.with_name(near)}`?" if near and file.name != near else None
         raise DataError(f"the prompts file `{path}` {what}", hint=hint)
