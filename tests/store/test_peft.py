@@ -13,9 +13,23 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from decal.config import LoraConfig
-from decal.errors import AdapterError, DecalError, OutputError, StorageError, VerificationError
+from decal.errors import (
+    AdapterError,
+    DecalError,
+    DecalWarning,
+    OutputError,
+    StorageError,
+    VerificationError,
+)
 from decal.store import peft as module
-from decal.store.peft import LoraTensors, PeftAdapter, read_adapter, write_adapter
+from decal.store.peft import (
+    LoraTensors,
+    ModuleHeader,
+    PeftAdapter,
+    peek_adapter,
+    read_adapter,
+    write_adapter,
+)
 from decal.store.peft_config import DEFAULTS
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -425,3 +439,119 @@ def test_every_truncation_of_the_weights_is_a_decal_error(tmp_path: Path) -> Non
         file.write_bytes(whole[:size])
         with pytest.raises(DecalError):
             read_adapter(folder)
+
+
+def _every_option() -> PeftAdapter:
+    """An adapter that uses all there is, the embedding's factors included."""
+    config = LoraConfig(
+        r=3, lora_alpha=7, target_modules=("q_proj", "down_proj", "embed_tokens"),
+        rank_pattern={"down_proj": 2}, alpha_pattern={"q_proj": 5.5}, bias="all",
+        modules_to_save=("lm_head", "norm"), exclude_modules=r".*v_proj", layers_to_transform=None,
+    )  # fmt: skip
+    return _adapter(
+        config=config,
+        tensors={
+            Q: LoraTensors(torch.randn(3, 10), torch.randn(7, 3)),
+            D: LoraTensors(torch.randn(2, 13), torch.randn(5, 2)),
+            "model.embed_tokens": LoraTensors(torch.randn(3, 19), torch.randn(10, 3)),
+        },
+        embeddings=frozenset({"model.embed_tokens"}),
+        full={
+            f"{Q}.bias": torch.randn(7),
+            "model.layers.0.self_attn.v_proj.bias": torch.randn(7),
+            "lm_head.weight": torch.randn(19, 10),
+            "model.norm.weight": torch.randn(10),
+        },
+        other_settings={"eva_config": {"rho": 2.0}, "init_lora_weights": "eva", "newer": None},
+        auto_mapping={"base_model_class": "X"},
+    )
+
+
+def test_every_option_comes_back(tmp_path: Path) -> None:
+    """Fails if a bias of an adapted layer is stored under the layer's own name, where peft looks
+    for none, or if a key of the config is lost on the way."""
+    meant = _every_option()
+    write_adapter(tmp_path / "a", meant)
+    found = read_adapter(tmp_path / "a")
+    assert found.embeddings == meant.embeddings
+    assert found.full.keys() == meant.full.keys()
+    assert all(torch.equal(found.full[name], t) for name, t in meant.full.items())
+    assert found.other_settings == meant.other_settings
+    assert found.auto_mapping == meant.auto_mapping
+    assert found.config.rank_of(D) == 2
+    assert found.config.scaling_of(Q) == 5.5 / 3
+    keys = load_file(tmp_path / "a" / "adapter_model.safetensors").keys()
+    assert {k.removeprefix("base_model.model.") for k in keys} >= {
+        f"{Q}.base_layer.bias", "model.layers.0.self_attn.v_proj.bias", "lm_head.weight",
+        "model.norm.weight", "model.embed_tokens.lora_embedding_A",
+    }  # fmt: skip
+    write_adapter(tmp_path / "b", found)
+    first, second = ((tmp_path / name / "adapter_config.json").read_text() for name in ("a", "b"))
+    assert first == second
+
+
+def test_a_bias_of_b_comes_back(tmp_path: Path) -> None:
+    config = LoraConfig(r=3, lora_alpha=7, target_modules=("q_proj",), lora_bias=True)
+    parts = LoraTensors(torch.randn(3, 10), torch.randn(7, 3), torch.randn(7))
+    folder = _written(tmp_path / "a", config=config, tensors={Q: parts})
+    found = read_adapter(folder).tensors[Q]
+    assert found.bias is not None
+    assert torch.equal(found.bias, torch.as_tensor(parts.bias))
+    with pytest.raises(AdapterError, match=r"no lora_B.bias although lora_bias is on"):
+        write_adapter(tmp_path / "b", _adapter(config=config))
+
+
+def test_copies_of_the_base_are_read_and_never_written(tmp_path: Path) -> None:
+    """Beside the factors of an embedding, and where the vocabulary was resized."""
+    folder = _written(tmp_path / "a", **_plain(_every_option()))
+    embedding, other = torch.randn(19, 10), torch.randn(23, 10)
+    _retensor(
+        folder,
+        lambda t: t.update(
+            {
+                _of("model.embed_tokens", "base_layer.weight"): embedding,
+                _of("model.wte", "weight"): other,
+            }
+        ),
+    )
+    found = read_adapter(folder)
+    assert found.base_copies.keys() == {"model.embed_tokens.weight", "model.wte.weight"}
+    assert torch.equal(found.base_copies["model.embed_tokens.weight"], embedding)
+    write_adapter(tmp_path / "b", found)
+    assert not read_adapter(tmp_path / "b").base_copies
+
+
+def _plain(adapter: PeftAdapter) -> dict[str, Any]:
+    names = ("config", "tensors", "embeddings", "full")
+    return {name: getattr(adapter, name) for name in names}
+
+
+def test_peeking_reads_no_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if the parameters leave out what is trained whole."""
+    meant = _every_option()
+    write_adapter(tmp_path / "a", meant)
+
+    def read(_: Any) -> dict[str, torch.Tensor]:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(module, "load_tensors", read)
+    header = peek_adapter(tmp_path / "a")
+    assert header.modules["model.embed_tokens"] == ModuleHeader(3, (10, 19), True)
+    assert header.modules[D] == ModuleHeader(2, (5, 13), False)
+    assert header.full["lm_head.weight"] == (19, 10)
+    assert header.parameters == 3 * 17 + 2 * 18 + 3 * 29 + 7 + 7 + 190 + 10
+    assert header.metadata == {"decal.base": "abc"}
+
+
+def test_a_pickle_is_read_with_a_warning(tmp_path: Path) -> None:
+    folder = _written(tmp_path / "a")
+    weights = folder / "adapter_model.safetensors"
+    torch.save(load_file(weights), folder / "adapter_model.bin")
+    assert read_adapter(folder).metadata  # safetensors goes first
+    expected = read_adapter(folder)
+    weights.unlink()
+    with pytest.warns(DecalWarning, match=r"stored as a pickle \(adapter_model.bin\)"):
+        found = read_adapter(folder)
+    assert torch.equal(found.tensors[Q].A, expected.tensors[Q].A)
+    with pytest.warns(DecalWarning):
+        assert peek_adapter(folder).modules.keys() == found.tensors.keys()
