@@ -1,4 +1,4 @@
-"""Any causal language model of transformers: trained, saved, loaded, merged, flattened."""
+"""Any language model or classifier of transformers: trained, saved, loaded, merged, flattened."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from decal.data.pack import flat_batch, padded_batch
 from decal.data.sample import Sample
 from decal.errors import BaseModelError
 from decal.model import attention, hf
+from decal.model.heads import labels_of
 from decal.model.inject import adapter_state, attach, detach
 from decal.verbs import train as train_module
 from decal.verbs.load import load, load_base, save_adapter
@@ -45,13 +46,23 @@ def plain(name: str, folder: Path, dtype: torch.dtype) -> Any:
     )
 
 
+def rows(name: str) -> str:
+    """Twelve of different lengths, with completions or labels."""
+    lines: list[dict[str, str]] = [
+        {"prompt": f"say {i}", "completion": "ok " * (i % 5 + 1)}
+        if ZOO[name].causal
+        else {"text": f"say {i} " * (i % 5 + 1), "label": zoo.LABELS[i % 3]}
+        for i in range(12)
+    ]
+    return "\n".join(map(json.dumps, lines))
+
+
 def train(name: str, folder: Path, quant: QuantConfig, dtype: str) -> Any:
     """The session after five steps of `decal train` on a 16-bit base."""
     zoo.save(name, folder / "base", torch.bfloat16)
-    rows = [("say", i, "ok " * (i % 5 + 1)) for i in range(12)]
-    lines = [json.dumps({"prompt": f"{a} {i}", "completion": b}) for a, i, b in rows]
-    (folder / "rows.jsonl").write_text("\n".join(lines))
+    (folder / "rows.jsonl").write_text(rows(name))
     config = RunConfig(
+        objective="sft" if ZOO[name].causal else "classify",
         base={"path": str(folder / "base"), "dtype": dtype},
         quant=quant,
         adapter={"r": 3, "lora_alpha": 7, "lora_dropout": 0.1},
@@ -72,21 +83,22 @@ def check_run(name: str, session: Any, folder: Path) -> Tensor:
         assert parts.B.any(), module
     again, _ = load(folder / "run")
     assert torch.equal(logits(again), wanted)
-    out = again.generate(IDS, max_new_tokens=3, do_sample=False, eos_token_id=None)
-    assert out.shape == (1, IDS.shape[1] + 3)
+    if ZOO[name].causal:
+        out = again.generate(IDS, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        assert out.shape == (1, IDS.shape[1] + 3)
     return wanted
 
 
 def check_base_is_back(model: Any, path: Path, quant: QuantConfig, dtype: str) -> None:
     detach(model)
-    base, _ = load_base(path, quant=quant, dtype=dtype)
+    base, _ = load_base(path, quant=quant, dtype=dtype, labels=labels_of(model))
     left, meant = model.state_dict(), base.state_dict()
     assert left.keys() == meant.keys()
     for key, tensor in meant.items():
         assert torch.equal(left[key], tensor), key
 
 
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("name", ZOO)
 def test_quantized_from_training_to_a_plain_model(name: str, tmp_path: Path) -> None:
     """QLoRA that computes in float32: merged and adapted logits agree to 1e-5.
 
