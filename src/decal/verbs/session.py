@@ -26,8 +26,7 @@ from decal.model.rates import learning_rates
 from decal.model.size import bits_per_weight
 from decal.model.unquantized import left_unquantized
 from decal.objectives import OBJECTIVES, classify
-from decal.quant import quant_format
-from decal.quant.codebook import CodebookFormat
+from decal.quant import describe
 from decal.train.loop import total_steps
 from decal.verbs.load import check_fingerprint, labels_of, load_base
 from decal.verbs.rows import Say, encode, read_run_rows
@@ -203,8 +202,9 @@ def _check_same_base(model: Any, adapter: Adapter, config: RunConfig, say: Say) 
     check_fingerprint(adapter, base.path, model.decal_base.commit or base.revision)
     recorded = metadata_json(adapter, QUANTIZER) or {}
     if recorded.get("identity") != hf.quantizer_identity(model):
-        before = recorded.get("format", "none")
-        say(f"note: the adapter was trained on quant {before}, now it is {config.quant.format}")
+        before, recipe = recorded.get("format", "none"), model.decal_base.recipe
+        now = recipe.format if recipe else "none"
+        say(f"note: the adapter was trained on quant {before}, now it is {now}")
     say(f"going on with adapter {adapter.source}")
 
 
@@ -220,10 +220,8 @@ def _batches(config: RunConfig, samples: list[Sample], flat: bool) -> Batches:
 
 def _say_base(model: Any, config: RunConfig, say: Say) -> None:
     stored = "16-bit" if config.base.dtype != "float32" else "32-bit"
-    if config.quant.format != "none":
-        nested = isinstance(quant_format(config.quant.format), CodebookFormat)
-        stored = config.quant.format
-        stored += " with double quantization" if nested and config.quant.double else ""
+    if model.decal_base.recipe is not None:
+        stored = describe(model.decal_base.recipe)
     say(
         f"base: {config.base.path} ({type(model).__name__}), {stored},"
         f" {bits_per_weight(model):.2f} bits per weight, computes in {config.base.dtype}"
