@@ -7,7 +7,6 @@ transformers makes of several, a bias where the file has none, a head for a lang
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor
 
 from decal.adapters.base import LowRank
-from decal.errors import AdapterError, DecalError
+from decal.errors import AdapterError, BaseModelError, DecalError
 from decal.model import heads, hf, names
 from decal.model.adapter import Adapter
 from decal.store.base import BaseFiles, open_base
+from decal.store.files import read_json
 from decal.verbs.target import CHAT_TEMPLATE
 from decal.weights.changes import Changes
 from decal.weights.delta import FileDelta
@@ -255,7 +255,8 @@ def _texts(plan: Merging) -> dict[str, str]:
     """The chat template that training used, where the base has none of its own."""
     template, folder = plan.adapter.metadata.get(CHAT_TEMPLATE), plan.files.folder
     settings = folder / "tokenizer_config.json"
-    own = (folder / _TEMPLATE).exists() or (
-        settings.exists() and "chat_template" in json.loads(settings.read_text(encoding="utf-8"))
-    )
-    return {} if template is None or own else {_TEMPLATE: template}
+    if template is None or (folder / _TEMPLATE).exists():
+        return {}
+    if settings.exists() and read_json(settings, BaseModelError).get("chat_template"):
+        return {}
+    return {_TEMPLATE: template}
