@@ -251,3 +251,29 @@ def test_a_shared_bias_stays_shared() -> None:
     assert trainable_parameters(model)[0] == found.parameters
     model(IDS).logits.sum().backward()
     assert all(p.grad is not None for p in full.values())
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+def test_a_plain_torch_loop_drops_in_training_only() -> None:
+    """As transformers' Trainer runs it: no routing of ours, checkpointing, evaluation in between.
+
+    Mutations: drop nothing without a key; draw another mask when layers run again.
+    """
+    model = build("qwen3")
+    attach(model, config(target_modules="all-linear", lora_dropout=0.4))
+    quiet = logits(model)
+    assert torch.equal(logits(model), quiet)
+    model.train()
+    assert not torch.equal(logits(model), logits(model))
+
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(3)
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return found
+
+    plain = gradients()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.testing.assert_close(gradients(), plain, rtol=0, atol=0)
+    assert torch.equal(logits(model.eval()), quiet)
