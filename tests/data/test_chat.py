@@ -170,6 +170,36 @@ def test_text_after_the_last_turn_is_not_trained(make_tokenizer: Make) -> None:
     assert trained(sample, tokenizer) == ["yes<|im_end|>", "no<|im_end|>"]
 
 
+def test_words_of_the_template_behind_the_generation_prompt_are_trained(
+    make_tokenizer: Make,
+) -> None:
+    """A channel in front of every answer, and another end of the last one. Mutation: begin at the
+    content wherever substitution found it."""
+    tokenizer = make_tokenizer("chatml")
+    answer = (
+        "{% if m.role == 'assistant' %}final: {{ m.content }}"
+        "{{ '</s>' if loop.last else '<|im_end|>' }}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}"
+    )
+    tokenizer = derived(
+        tokenizer, tokenizer.chat_template.replace("{{ m.content }}<|im_end|>", answer)
+    )
+    sample = encoder(tokenizer).encode(chat("Hi", "yes", "And?", "no"))
+    assert trained(sample, tokenizer) == ["final: yes<|im_end|>", "final: no</s>"]
+
+
+def test_more_than_the_content_is_refused_where_substitution_finds_it(
+    make_tokenizer: Make,
+) -> None:
+    """Mutation: look whether the content is in there."""
+    tokenizer = make_tokenizer("think-prompt")
+    longer = tokenizer.chat_template.replace(
+        "[-1] }}", "[-1] }}{{ ', really' if 'yes' in m.content else '' }}"
+    )
+    with pytest.raises(DataError, match="is rendered as 'yes, really', the row has 'yes'"):
+        encoder(derived(tokenizer, longer)).encode(chat("Hi", "yes", "And?", "no"))
+
+
 def test_turn_that_moves_what_is_behind_it_is_refused(make_tokenizer: Make) -> None:
     """A template that repeats the first answer at the end. Mutation: take what lies before the
     first sentinel only."""
