@@ -1,0 +1,134 @@
+"""What today's tools get silently wrong, and what decal does; writes docs/failures.md.
+
+    python -m bench.failures            every row
+    python -m bench.failures F3 F7      these only, printed instead of written
+
+Each row is a function in `failures_*.py` that builds its situation on tiny models and puts the real
+peers and decal into it. The document says what was seen in the run that wrote it, and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import textwrap
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from bench import failures_a
+from bench.failures_row import MakeRow, Row
+from decal.verbs.env import env
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "failures.md"
+PACKAGES = ("decal", "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate")
+
+ROWS: dict[str, MakeRow] = {**failures_a.ROWS}
+"""Id -> what runs it."""
+
+WORDS = {
+    "right": "right result",
+    "error": "refuses",
+    "warning": "wrong, warns",
+    "told": "measures and says so",
+    "silent": "**silently wrong**",
+}
+
+HEAD = """# What goes wrong silently, and what decal does
+
+Written by `python -m bench.failures`. Every line below was seen in the run that wrote it: each
+situation was built on models of a few thousand parameters, with the real tools, and the result
+compared with the right one. Words in quotation marks are the tools' own.
+
+Versions: {versions}. Machine: {machine}.
+
+"Silently wrong" means: the result is wrong and neither an error nor a warning says so. "Measures
+and says so" means: rounding or the like takes its share, and the tool prints how much.
+
+{table}
+"""
+
+
+def page(rows: dict[str, Row]) -> str:
+    """The document."""
+    texts = [HEAD.format(versions=versions(), machine=machine(), table=overview(rows))]
+    return "\n".join([*texts, *(section(name, row) for name, row in rows.items())])
+
+
+def versions() -> str:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            found.append(f"no {package}")
+    return ", ".join(found)
+
+
+def machine() -> str:
+    """The kind of machine, without its name."""
+    cpu = env()["cpu"]
+    return f"{cpu['model']}, {cpu['usable']} cores, no GPU used"
+
+
+def overview(rows: dict[str, Row]) -> str:
+    lines = ["| | situation | today's tools | decal |", "| --- | --- | --- | --- |"]
+    for name, row in rows.items():
+        for i, case in enumerate(row.cases):
+            peers = ", ".join(f"{s.who}: {WORDS[s.verdict]}" for s in case.seen if s.who != "decal")
+            ours = ", ".join(WORDS[s.verdict] for s in case.seen if s.who == "decal")
+            lines.append(f"| {name if i == 0 else ''} | {case.what} | {peers} | {ours} |")
+    return "\n".join(lines)
+
+
+def section(name: str, row: Row) -> str:
+    parts = [f"## {name}. {row.title}", wrapped(row.failure)]
+    for case in row.cases:
+        lines = [wrapped(f"{case.what[0].upper()}{case.what[1:]}:")]
+        lines += [wrapped(f"{s.who} ({WORDS[s.verdict]}): {s.text}", "- ") for s in case.seen]
+        parts.append("\n".join([lines[0], "", *lines[1:]]))
+    if row.threads:
+        parts.append(wrapped(f"Reported in {', '.join(row.threads)}."))
+    return "\n\n".join(parts) + "\n"
+
+
+def wrapped(text: str, bullet: str = "") -> str:
+    return textwrap.fill(
+        " ".join(text.split()),
+        width=100,
+        initial_indent=bullet,
+        subsequent_indent=" " * len(bullet),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def run(names: list[str]) -> dict[str, Row]:
+    """The rows named, or all of them, in the order of their numbers."""
+    rows = {}
+    for name in sorted(names or ROWS, key=lambda name: int(name[1:])):
+        torch.manual_seed(0)
+        with tempfile.TemporaryDirectory() as folder:
+            rows[name] = ROWS[name](Path(folder))
+        print(f"{name}: {rows[name].title}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="F3 and the like; default: all")
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    text = page(run(options.rows))
+    if options.rows:
+        print(text)
+    else:
+        options.out.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
