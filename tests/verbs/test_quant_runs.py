@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from decal import demo
-from decal.config import QuantConfig
-from decal.errors import AdapterError
-from decal.model import attention
+from decal.config import FullConfig, QuantConfig
+from decal.errors import AdapterError, QuantError
+from decal.model import attention, hf
 from decal.model.adapter import Adapter
 from decal.model.inject import attach
 from decal.model.state import adapted_layers
@@ -71,9 +71,10 @@ RUNS = [
 def test_trained_saved_loaded_and_merged(
     family: str, quant: dict[str, Any], tmp_path: Path
 ) -> None:
-    """The reloaded run has the trained one's logits to the bit; merged into the files it is the
-    adapter on the dequantized base, and so it is merged in place. Fails if skipped modules or the
-    format are not recorded with the adapter, or Conv1D is merged in the other orientation."""
+    """Training, evaluating and generating change no packed byte (F14). The reloaded run has the
+    trained one's logits to the bit; merged into the files it is the adapter on the dequantized
+    base, and so it is merged in place. Fails if skipped modules or the format are not recorded with
+    the adapter, or Conv1D is merged in the other orientation."""
     done = train(tiny(tmp_path, BASES[family](tmp_path), **quant))
     assert done is not None
     trained = done.session.model
@@ -85,6 +86,9 @@ def test_trained_saved_loaded_and_merged(
     assert not any(
         f".{entry}." in f".{name}." for entry in recorded["skip_modules"] for name in packed
     )
+
+    trained.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert hf.quantizer_identity(trained) == recorded["identity"]
 
     loaded, _ = load(done.run)
     assert torch.equal(logits(loaded), logits(trained))
@@ -120,6 +124,10 @@ def test_training_on_a_folder_that_is_stored_quantized(tmp_path: Path) -> None:
     assert done.session.model.decal_base.recipe.format == "nf4"
     loaded, _ = load(done.run)
     assert torch.equal(logits(loaded), logits(done.session.model))
+    config = tiny(tmp_path, str(tmp_path / "q"), format="none")
+    whole = config.model_copy(update={"adapter": FullConfig(), "output": str(tmp_path / "full")})
+    with pytest.raises(QuantError, match=r"stored as nf4 .* cannot be trained"):
+        train(whole)
     quantize(demo.base_path(), tmp_path / "q", QuantConfig(format="nf4"), dtype="fp16", force=True)
     with pytest.raises(AdapterError, match="is not the one that adapter"):
         load(done.run)

@@ -18,7 +18,7 @@ from decal.config import ContinueConfig, FullConfig, LoraConfig, RunConfig
 from decal.data.batch import Batch
 from decal.data.pack import Batches, make_batches
 from decal.data.sample import Sample
-from decal.errors import DataError
+from decal.errors import DataError, QuantError
 from decal.model import attention, heads, hf, switches
 from decal.model.adapter import Adapter
 from decal.model.inject import adapters_of, attach, trainable_line
@@ -181,6 +181,12 @@ def _make_trainable(model: Any, config: RunConfig, going_on: Adapter | None, say
     asked = config.adapter
     heads.start(model, model.decal_base.new, config.train.seed)
     if isinstance(asked, FullConfig):
+        if model.decal_base.recipe is not None:
+            raise QuantError(
+                f"base `{config.base.path}` is stored as {describe(model.decal_base.recipe)}, and"
+                " quantized weights cannot be trained",
+                hint="use adapter.method lora, or `decal dequantize` the base first",
+            )
         model.requires_grad_(True)
         say("full fine-tuning: every weight is trained")
         return
