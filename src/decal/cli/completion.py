@@ -57,11 +57,10 @@ class _Words:
             if getattr(parameter, "hidden", False) or parameter.param_type_name != "option":
                 continue
             choices = _choices(parameter)
-            shared = {"help": parameter.help or "", "choices": choices}
-            valued = not parameter.is_flag
-            found.append(_Option(tuple(parameter.opts), takes_value=valued, **shared))
+            text, valued = parameter.help or "", not parameter.is_flag
+            found.append(_Option(tuple(parameter.opts), text, valued, choices))
             if parameter.secondary_opts:
-                found.append(_Option(tuple(parameter.secondary_opts), takes_value=False, **shared))
+                found.append(_Option(tuple(parameter.secondary_opts), text, False, choices))
         arguments = [p for p in command.params if p.param_type_name == "argument"]
         values = _choices(arguments[0]) if arguments else ()
         return cls(name, command.short_help or "", tuple(found), values)

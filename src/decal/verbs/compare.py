@@ -65,25 +65,13 @@ def compare(
             their rows differently.
         DataError: rows or prompts that cannot be used.
     """
-    if not adapters:
-        raise DecalError("no adapter to compare", hint="decal compare NAME=ADAPTER … --data FILE")
-    if not prompts and not data:
-        raise DecalError(
-            "nothing to compare on", hint="give --prompt TEXT, --prompts FILE or --data FILE"
-        )
-    if BASE_NAME in adapters:
-        raise DecalError(f"`{BASE_NAME}` is what the base is called; name the adapter differently")
+    _refuse_nothing(adapters, bool(prompts or data))
     found = {name: read(path) for name, path in adapters.items()}
     loaded = {name: adapter for name, (_, adapter) in found.items()}
     _refuse_mixed(loaded, base)
     reading = _reading({name: target for name, (target, _) in found.items()})
     rows = _rows(data, reading, limit) if data else None
-    first = next(iter(loaded))
-    model, tokenizer = load_adapter(loaded[first], base, "auto", trust_remote_code, first)
-    for name, adapter in loaded.items():
-        if name != first:
-            attach(model, adapter, name)
-
+    model, tokenizer = _attached(loaded, base, trust_remote_code)
     asked = exam(model, tokenizer, rows) if rows else None
     as_chat = tokenizer.chat_template is not None and labels_of(model) is None
     turns = _turns(prompts or (), as_chat, reading.system)
@@ -92,19 +80,43 @@ def compare(
         if name == BASE_NAME and model.decal_base.new:
             continue
         step = partial(observe, name) if observe else None
-        active: AbstractContextManager[Any]
-        active = disabled(model) if name == BASE_NAME else use(model, name)
-        with active:
-            results[name] = {}
+        results[name] = {}
+        with _active(model, name):
             if turns:
                 results[name]["outputs"] = _answers(model, tokenizer, turns, max_new_tokens, step)
             if asked:
                 results[name] |= measure(
                     model, tokenizer, asked, max_new_tokens=max_new_tokens, observe=step
                 )
-    path, _ = base_of(loaded[first], base)
+    path, _ = base_of(next(iter(loaded.values())), base)
     shown = {"prompts": [_shown(prompt) for prompt in prompts]} if prompts else {}
     return {"base": path, **shown, "results": results}
+
+
+def _refuse_nothing(adapters: Mapping[str, str], anything: bool) -> None:
+    if not adapters:
+        raise DecalError("no adapter to compare", hint="decal compare NAME=ADAPTER … --data FILE")
+    if not anything:
+        raise DecalError(
+            "nothing to compare on", hint="give --prompt TEXT, --prompts FILE or --data FILE"
+        )
+    if BASE_NAME in adapters:
+        raise DecalError(f"`{BASE_NAME}` is what the base is called; name the adapter differently")
+
+
+def _attached(
+    adapters: Mapping[str, Adapter], base: str | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    """Model and tokenizer, loaded as the first adapter was trained, with all adapters on it."""
+    first, *others = adapters
+    model, tokenizer = load_adapter(adapters[first], base, "auto", trust_remote_code, first)
+    for name in others:
+        attach(model, adapters[name], name)
+    return model, tokenizer
+
+
+def _active(model: Any, name: str) -> AbstractContextManager[Any]:
+    return disabled(model) if name == BASE_NAME else use(model, name)
 
 
 def _answers(

@@ -148,10 +148,13 @@ def _models(
     a: BaseFiles, b: BaseFiles, observe: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
     both = a.nbytes + b.nbytes
-    first, second = (
-        tensor_hashes(files, observe and (lambda done, _, s=start: observe(s + done, both)))
-        for files, start in ((a, 0), (b, a.nbytes))
-    )
+
+    def hashes(files: BaseFiles, before: int) -> dict[str, str]:
+        if observe is None:
+            return tensor_hashes(files)
+        return tensor_hashes(files, lambda done, _: observe(before + done, both))
+
+    first, second = hashes(a, 0), hashes(b, a.nbytes)
     shapes, dtypes = [], []
     different: dict[str, Norms | None] = {}
     compared = 0

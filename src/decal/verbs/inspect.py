@@ -186,7 +186,8 @@ def _writer(folder: Path, header: PeftHeader) -> str:
 def _model(path: str, revision: str | None = None) -> dict[str, Any]:
     files = open_base(local_folder(path, revision))
     config = files.config
-    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    inner = config.get("text_config")
+    text: dict[str, Any] = inner if isinstance(inner, dict) else config
     found = {
         "kind": "model",
         "path": path,
