@@ -102,6 +102,31 @@ def test_dtype_is_what_was_asked_for(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in plain.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_stored_model_computes_in_the_dtype_asked_for(
+    format: str, family: str, tmp_path: Path
+) -> None:
+    """Biases, norms and embeddings are cast, codes and scales are not. Fails if what lies beside
+    the codes keeps the file's dtype, as transformers leaves it, or float32 scales are rounded."""
+    quant = QuantConfig(format=format, double=False)  # type: ignore[arg-type]
+    quantize(save(tmp_path / "m", family), tmp_path / "q", quant)
+    first, other = (
+        hf.load_model(str(tmp_path / "q"), dtype=dtype) for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert hf.quantizer_identity(first) == hf.quantizer_identity(other)
+    ids = torch.arange(3, 20)[None]
+    for model, dtype in ((first, torch.bfloat16), (other, torch.float32)):
+        assert model(ids).logits.dtype == model.dtype == dtype
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                assert module.compute_dtype == dtype
+                assert module.bias is None or module.bias.dtype == dtype
+            else:
+                own = list(module.parameters(recurse=False))
+                assert all(p.dtype == dtype for p in own), name
+
+
 def test_skipped_modules_stay_plain_and_are_named(tmp_path: Path) -> None:
     """Fails if transformers would expect them quantized, or a wrong name passes."""
     source = save(tmp_path / "m")
