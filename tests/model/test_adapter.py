@@ -90,3 +90,32 @@ def test_repr_says_what_matters() -> None:
     html = adapter._repr_html_()
     assert "<td>org/&lt;base&gt;</td>" in html
     assert html.count("<tr>") == 7
+
+
+def test_every_part_is_copied_counted_and_named(tmp_path: Path) -> None:
+    """Mutations: hand out the head itself; leave biases out of the count."""
+    net = model()
+    config = LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=("q_proj", "v_proj"),
+        rank_pattern={"v_proj": 2},
+        lora_bias=True,
+        modules_to_save=("model.norm",),
+    )
+    attach(net, config)
+    adapter = Adapter.from_model(net, base="org/base", task_type="SEQ_CLS")
+    with torch.no_grad():
+        net.get_submodule("model.norm").adapters["default"].weight.add_(1)
+    assert torch.equal(adapter.full["model.norm.weight"], torch.ones(36))
+    assert adapter.parameters == 3 * 72 + 36 + 2 * 48 + 12 + 36
+    assert repr(adapter) == (
+        "Adapter(base=org/base, r=2 to 3, lora_alpha=6, scaling=2 to 3, lora_dropout=0.05, "
+        "modules=2 (q_proj, v_proj), trained whole=model.norm.weight, parameters=396)"
+    )
+    adapter.save_pretrained(tmp_path / "out")
+    read = Adapter.from_pretrained(tmp_path / "out")
+    assert (read.task_type, read.parameters) == ("SEQ_CLS", 396)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    adapter.save_into(tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").exists()
