@@ -64,16 +64,18 @@ def _rows(headline: str, rows: list[dict[str, Any]], most: int | None, of: str =
         return
     console.write(f"{headline}: {len(rows):,}{of}")
     shown = rows[:most]
-    console.table([{k: _short(v) for k, v in row.items()} for row in shown], indent=2)
+    named = ("key", "name")
+    cells = [{k: v if k in named else _short(v) for k, v in row.items()} for row in shown]
+    console.table(cells, indent=2)
     if len(rows) > len(shown):
         console.write(f"  (and {len(rows) - len(shown):,} more; --all lists them)")
 
 
 def _short(value: Any) -> Any:
-    """A setting in at most 40 characters: lists of all modules are long."""
+    """A value in at most 20 characters, for two beside a name: lists of modules are long."""
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, int | None):
         return value
     text = str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return text if len(text) <= 20 else text[:17] + "..."
