@@ -159,3 +159,13 @@ def test_shortcuts_leave_embeddings_and_head_out() -> None:
     assert "model.embed_tokens" not in resolve(model(), "all-linear")
     assert "lm_head" not in resolve(model(), "all-linear")
     assert resolve(model(), ("embed_tokens",)) == ["model.embed_tokens"]
+
+
+def test_a_trained_adapter_may_name_targets_that_are_elsewhere() -> None:
+    """peft writes the list it was given. Fails if one list cannot serve several architectures, or
+    if a list of which nothing is there is taken."""
+    with pytest.raises(TargetError, match="1 of 2 target_modules match no module"):
+        chosen(target_modules=("q_proj", "query_key_value"))
+    assert chosen(target_modules=("q_proj", "query_key_value"), new=False)
+    with pytest.raises(TargetError, match="1 of 1 target_modules match no module"):
+        chosen(target_modules=("query_key_value",), new=False)

@@ -132,7 +132,7 @@ def select(
     Raises TargetError for a setting that matches nothing, or something it cannot act on.
     """
     saved = _saved(modules, config.modules_to_save, new)
-    names = resolve(modules, config.target_modules)
+    names = resolve(modules, config.target_modules, new=new)
     kept = _without_excluded(modules, names, config.exclude_modules, new)
     kept = [n for n in kept if not any(_contains(module, n) for module in saved)]
     kept = _in_layers(kept, config, new)
@@ -146,10 +146,13 @@ def select(
     return kept, saved
 
 
-def resolve(modules: Mapping[str, ModuleInfo], target_modules: str | Sequence[str]) -> list[str]:
+def resolve(
+    modules: Mapping[str, ModuleInfo], target_modules: str | Sequence[str], *, new: bool = True
+) -> list[str]:
     """Names of the modules that target_modules names, in the model's order.
 
-    Raises TargetError for a pattern that matches nothing, or something that is no layer.
+    Raises TargetError for a pattern that matches nothing (of a trained adapter, where none matches
+    anything), or something that is no layer.
     """
     if target_modules in (ALL_LINEAR, ATTENTION):
         return _shortcut(modules, str(target_modules))
@@ -157,7 +160,9 @@ def resolve(modules: Mapping[str, ModuleInfo], target_modules: str | Sequence[st
         raise TargetError("target_modules is empty", hint=f"`{ALL_LINEAR}` adapts every layer")
     patterns, found = _matches(modules, target_modules, "target_modules")
     _refuse_experts(modules, found)
-    _refuse_unmatched(modules, [p for p in patterns if not found[p]], of=patterns)
+    unmatched = [p for p in patterns if not found[p]]
+    if new or len(unmatched) == len(patterns):
+        _refuse_unmatched(modules, unmatched, of=patterns)
     _refuse_unadaptable(modules, found)
     chosen = {name for names in found.values() for name in names}
     return [name for name in modules if name in chosen]
