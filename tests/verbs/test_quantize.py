@@ -16,6 +16,7 @@ from decal.errors import BaseModelError, DecalError, OutputError, QuantError, St
 from decal.model import hf
 from decal.quant import FORMATS, Recipe
 from decal.quant.linear import QuantLinear
+from decal.verbs import quantize as verb
 from decal.verbs.quantize import dequantize, quantize
 from decal.weights import rewrite
 
@@ -170,6 +171,26 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(tmp_path: Pat
 
 
 NF4 = QuantConfig(format="nf4")
+
+
+@pytest.mark.parametrize(("kept", "times"), [(1 << 30, 1), (0, 2)])
+def test_a_weight_is_packed_at_most_twice(
+    kept: int, times: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Once for its wide tensors and once for its bytes where nothing can be kept between. Fails if
+    it is packed anew for each of its six tensors."""
+    source, count = save(tmp_path / "m"), 0
+    real = verb.to_bnb
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        nonlocal count
+        count += 1
+        return real(*args, **settings)
+
+    monkeypatch.setattr(verb, "to_bnb", counted)
+    monkeypatch.setattr(rewrite, "_KEPT", kept)
+    done = quantize(source, tmp_path / "q", NF4)
+    assert count == times * done.layers
 
 
 def test_a_full_disk_is_said_before_writing(tmp_path: Path, monkeypatch: Any) -> None:

@@ -63,6 +63,8 @@ class _Job:
     shards: dict[str, dict[str, TensorSpec]]
     observe: Callable[[int, int], None] | None
     kept: dict[str, Tensor] = field(default_factory=dict)
+    last: dict[str, Tensor] = field(default_factory=dict)
+    """What is left of the last rewrite's results, if there was no room to keep them."""
     done: int = 0
 
     @property
@@ -76,13 +78,16 @@ class _Job:
 
     def made(self, key: str) -> Tensor:
         """A result; its siblings are kept while there is room for them."""
-        if key in self.kept:
-            return self.kept.pop(key)
+        for waiting in (self.kept, self.last):
+            if key in waiting:
+                return waiting.pop(key)
         maker = self.makers[key]
         results = dict(maker.convert({name: self.base.read(name) for name in maker.takes}))
         wanted = results.pop(key)
         if sum(t.nbytes for t in (*self.kept.values(), *results.values())) <= _KEPT:
             self.kept |= results
+        else:
+            self.last = results
         return wanted
 
 
@@ -124,6 +129,7 @@ def rewrite_files(
             metadata = {"format": "pt"} | shard.metadata
             write_verified(folder / shard.path.name, specs, chunks, metadata, job.advance)
             job.kept.clear()
+            job.last.clear()
         _write_rest(job, folder, config_changes, dtype)
     return job.nbytes
 
