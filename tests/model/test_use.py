@@ -11,7 +11,8 @@ from torch import Tensor
 from decal.adapters import DropoutKey, Routing, current_routing, routed
 from decal.config import LoraConfig
 from decal.errors import AdapterError
-from decal.model.inject import active_routing, attach, disabled, mixed, use
+from decal.model.inject import active_routing, attach, detach, disabled, mixed, use
+from tests.model.test_inject import snapshot
 from tests.zoo import VOCABULARY, build
 
 IDS = torch.randint(3, VOCABULARY, (4, 7), generator=torch.Generator().manual_seed(2))
@@ -175,12 +176,35 @@ def test_embeddings_of_positions_have_no_rows() -> None:
         found(IDS[:2, :2])
 
 
-def test_two_adapters_that_train_one_bias_are_used_one_at_a_time() -> None:
-    """Mutation: add the difference from the other adapter's bias."""
+def test_two_adapters_that_train_one_parameter_are_used_one_at_a_time() -> None:
+    """Mutations: add the difference from the other adapter's bias; let the inner module win."""
     found = build("llama")
     attach(found, LoraConfig(target_modules=("q_proj",), bias="lora_only"), "own")
     attach(found, LoraConfig(target_modules=("v_proj",), bias="all"), "all")
-    with pytest.raises(AdapterError, match="`all` and `own` both train the bias of model"):
+    attach(found, LoraConfig(target_modules=("k_proj",), modules_to_save=("0.mlp",)), "block")
+    with pytest.raises(AdapterError, match=r"`all` and `own` both train model\..*q_proj\.bias"):
         use(found, {"own": 1.0, "all": 1.0})
-    use(found, "own")
+    with pytest.raises(AdapterError, match=r"`all` and `block` both train model\..*mlp"):
+        use(found, {"block": 1.0, "all": 1.0})
+    use(found, {"own": 1.0, "block": 1.0})
     logits(found)
+
+
+def test_wholes_inside_wholes_come_off_again() -> None:
+    """Mutation: pass over the children of a module that is put back."""
+    found = build("roberta")
+    before = snapshot(found)
+    query = {"target_modules": ("query",)}
+    attach(found, LoraConfig(**query, modules_to_save=("classifier",)), "head")
+    attach(found, LoraConfig(**query, modules_to_save=("classifier.dense",)), "part")
+    attach(found, LoraConfig(target_modules=("classifier.out_proj",)), "low")
+    for name in ("head", "part", "low"):
+        use(found, name)
+        found(IDS).logits.sum().backward()
+        own = [p for n, p in found.named_parameters() if f".adapters.{name}." in n]
+        assert own
+        assert all(p.grad is not None for p in own)
+    detach(found)
+    after = snapshot(found)
+    torch.testing.assert_close(after.pop("bytes"), before.pop("bytes"), rtol=0, atol=0)
+    assert after == before

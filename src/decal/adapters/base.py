@@ -27,7 +27,11 @@ from decal.errors import AdapterError
 
 @runtime_checkable
 class BaseLayer(Protocol):
-    """A frozen layer that an adapter can sit on."""
+    """A frozen layer that an adapter can sit on.
+
+    One of kind `embedding` also has `gain`, which forward multiplies its rows with, and
+    `padding_idx`.
+    """
 
     @property
     def kind(self) -> str:

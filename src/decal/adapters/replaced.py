@@ -12,6 +12,9 @@ places of its parameters, and puts these back. Autograd sees the cast, so gradie
 float32. The places are module objects and not names: a wrapper that another adapter put around a
 layer inside does not move them, and a weight that is tied elsewhere changes only here.
 
+The cast makes one tensor of the parameter's size per forward, in the base's dtype; nothing is cast
+where dtypes agree.
+
 Rejected: a second copy of the module, as PEFT keeps. A bf16 copy has no float32 masters, a float32
 copy does not compute in bf16, and its buffers would be copied too.
 

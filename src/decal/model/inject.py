@@ -241,12 +241,9 @@ def _wrap_modules(
 
 def _replace(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
     """Puts new[m] wherever m stands in the tree, also where one module stands twice."""
-    put = set(new.values())
     for parent in list(model.modules()):
-        if parent in put:
-            continue
         for attribute, child in list(parent._modules.items()):
-            if child is not None and child in new:
+            if child is not None and child in new and new[child] is not parent:
                 setattr(parent, attribute, new[child])
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import groupby
+from itertools import groupby, permutations
 from types import TracebackType
 from typing import Any
 
@@ -21,8 +21,8 @@ from decal.errors import AdapterError
 from decal.model.state import (
     activate,
     adapted_layers,
+    full_state,
     known,
-    lora_of,
     replaced_modules,
     require,
     train_only,
@@ -126,18 +126,21 @@ def active_routing(model: nn.Module) -> Routing:
 
 
 def _refuse_shared(model: nn.Module, routing: Routing) -> None:
-    """A module held whole serves one adapter, and a bias moves away from one base value."""
-    adapted = adapted_layers(model)
-    for module, wrapper in replaced_modules(model).items():
-        acting = wrapper.acting(routing)
-        layer = adapted.get(module)
-        if acting is None or layer is None:
-            continue
-        others = routing.names & layer.adapters.keys()
-        both = sorted(name for name in others if lora_of(layer, name).bias is not None)
+    """A module that is held whole serves one adapter, and no other one trains a part of it.
+
+    Biases of target modules are shares like factors are: two of them add up.
+    """
+    for wrapper in replaced_modules(model).values():
+        wrapper.acting(routing)
+    adapted = adapted_layers(model).items()
+    held = {name: full_state(model, name).keys() for name in sorted(routing.names)}
+    for name, other in permutations(held, 2):
+        shares = {f"{module}.bias" for module, layer in adapted if name in layer.adapters}
+        both = sorted((held[name] - shares) & held[other])
         if both:
             raise AdapterError(
-                f"adapters `{acting}` and `{both[0]}` both train the bias of {module}",
+                f"adapters {' and '.join(f'`{n}`' for n in sorted((name, other)))} both train"
+                f" {both[0]}",
                 hint="use them one at a time",
             )
 
