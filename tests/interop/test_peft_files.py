@@ -16,6 +16,8 @@ import torch
 
 from decal.config import LoraConfig
 from decal.errors import AdapterError, DecalWarning
+from decal.model.adapter import Adapter
+from decal.model.inject import attach
 from decal.store.peft import (
     LoraTensors,
     PeftAdapter,
@@ -122,6 +124,23 @@ def _comparable(raw: dict[str, Any], adapter: PeftAdapter) -> dict[str, Any]:
     whole = {m for m in saved for name in adapter.full if f"{m}." in name}
     lists = {key: sorted(v) for key, v in raw.items() if isinstance(v, list)}
     return {**raw, **lists, "saves": bool(whole)}
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, *TIED])
+def test_attached_it_computes_the_same(tmp_path: Path, option: str) -> None:
+    """Every option on a model of ours, and saved from it again. Fails if attaching leaves out what
+    the file holds, or saving what is attached."""
+    name, settings = OPTIONS.get(option) or ("llama", TIED[option])
+    expected = logits(theirs(tmp_path / "a", name, **settings))
+    model = base(name)
+    attach(model, Adapter.from_pretrained(tmp_path / "a"))
+    # float32 sums in another order
+    atol = 1e-5 * float(expected.abs().max())
+    torch.testing.assert_close(logits(model.eval()), expected, rtol=0, atol=atol)
+    Adapter.from_model(model).save_pretrained(tmp_path / "b")
+    before, after = read_adapter(tmp_path / "a"), read_adapter(tmp_path / "b")
+    assert before.tensors.keys() == after.tensors.keys()
+    assert before.full.keys() == after.full.keys()
 
 
 @pytest.mark.parametrize("option", TIED)

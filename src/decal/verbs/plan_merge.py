@@ -160,7 +160,7 @@ def _refuse_fused(plan: Merging) -> None:
             f"adapter `{plan.adapter.source}` changes {len(wanted)} tensors that the base's files "
             "hold in parts, as experts",
             details=[wanted[0] + (f"  (and {len(wanted) - 1} more)" if wanted[1:] else "")],
-            hint="load base and adapter and merge in memory: model = decal.merge_in_place(model)",
+            hint="merge in memory: `decal.load`, `decal.merge_in_place`, `model.save_pretrained`",
         )
 
 
