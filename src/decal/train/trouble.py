@@ -119,7 +119,7 @@ def refuse_disconnected(job: Job, heard: Heard) -> None:
             f"{len(silent)} of {len(heard.names)} trainable tensors had no gradient in the first "
             f"{heard.updates} updates",
             details=_listed(silent),
-            hint="the forward pass does not use them: check adapter.target_modules",
+            hint="the forward pass does not use them: leave them out (adapter.exclude_modules)",
         )
 
 
