@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,20 @@ def test_split_by_share(n: int, share: float, count: int) -> None:
     assert split(n, share, seed=3) == (train, held_out)
     others = [split(n, share, seed=s)[1] for s in range(8)]
     assert len({tuple(e.row for e in other) for other in others}) > 1
+
+
+def test_no_class_is_held_out_whole() -> None:
+    """Fails when the only row of a class can become an evaluation row."""
+    labels = ["a"] * 9 + ["b", "c"]
+    examples = [Example(row=i, text="t", label=label) for i, label in enumerate(labels, 1)]
+    rows = Rows(source="rows", layout="labels", ignored=(), examples=examples)
+    for seed in range(20):
+        train, held_out = split_eval(rows, DataConfig(path="rows", eval=0.5), seed)
+        assert {e.label for e in train.examples} == {"a", "b", "c"}
+        assert len(held_out.examples) == 6
+    alone = replace(rows, examples=examples[-2:])
+    with pytest.raises(DataError, match="the only one of its class"):
+        split_eval(alone, DataConfig(path="rows", eval=0.5), 0)
 
 
 def test_split_by_nothing_and_of_one_row() -> None:

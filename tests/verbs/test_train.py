@@ -212,3 +212,14 @@ def test_going_on_into_the_same_folder_is_refused(finished: RunResult, tmp_path:
     config = settings(tmp_path, adapter={"from": str(finished.weights)}, output=str(finished.run))
     with pytest.raises(OutputError, match="holds the adapter"):
         train(config, force=True)
+
+
+def test_rows_beyond_the_context_are_refused(tmp_path: Path) -> None:
+    """Fails when positions without an embedding reach the model."""
+    data = tmp_path / "long.jsonl"
+    long = "word " * 700
+    data.write_text(json.dumps({"prompt": long, "completion": " end"}) + "\n")
+    config = settings(tmp_path, data={"path": str(data), "eval": None}, train={"max_steps": 1})
+    with pytest.raises(DataError, match="longer than the model's context of 512") as error:
+        train(config)
+    assert error.value.hint == "set `data.max_length: 512`"

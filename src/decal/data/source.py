@@ -8,7 +8,7 @@ used are named in `Rows.ignored`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -70,7 +70,8 @@ def read_rows(settings: DataConfig, *, seed: int = 0) -> Rows:
 def split_eval(rows: Rows, settings: DataConfig, seed: int = 0) -> tuple[Rows, Rows]:
     """Evaluation rows by `settings.eval`; both parts keep the order of the data.
 
-    A share is split off `rows`: at least one row is taken, at least one is left. A file is read
+    A share is split off `rows`: at least one row is taken, at least one is left. The first row of
+    every class stays, so that no class is evaluated that was not trained. A file is read
     with the same settings (its layout must be that of `rows`). For a hub data set or folder, `eval`
     may also name another split of it.
 
@@ -96,11 +97,28 @@ def split_eval(rows: Rows, settings: DataConfig, seed: int = 0) -> tuple[Rows, R
             hint="add rows, or set `data.eval: null`",
         )
     count = min(max(1, round(settings.eval * len(examples))), len(examples) - 1)
-    held_out = set(permutation(len(examples), seed, EVAL_STREAM)[:count].tolist())
+    needed = _firsts(examples)
+    shuffled = permutation(len(examples), seed, EVAL_STREAM).tolist()
+    held_out = set([i for i in shuffled if i not in needed][:count])
+    if not held_out:
+        raise DataError(
+            f"no row can be held out for evaluation: each of the {len(examples)} is the only one "
+            "of its class",
+            hint="add rows, or set `data.eval: null`",
+        )
     train = [example for i, example in enumerate(examples) if i not in held_out]
     return replace(rows, examples=train), replace(
         rows, examples=[examples[i] for i in sorted(held_out)]
     )
+
+
+def _firsts(examples: Sequence[Example]) -> set[int]:
+    """Indices of the first example of each class."""
+    first: dict[str, int] = {}
+    for i, example in enumerate(examples):
+        if example.label is not None:
+            first.setdefault(example.label, i)
+    return set(first.values())
 
 
 def _eval_settings(settings: DataConfig, layout: str) -> DataConfig:

@@ -31,6 +31,7 @@ from decal.train.loop import total_steps
 from decal.verbs.load import check_fingerprint, labels_of, load_base
 from decal.verbs.rows import Say, encode, read_run_rows
 from decal.verbs.target import QUANTIZER, metadata_json, read
+from decal.verbs.text import context_length
 
 ADAPTER = "default"
 
@@ -147,6 +148,7 @@ def prepare(config: RunConfig, say: Say) -> Session:
     _say_base(model, config, say)
     encoded = encode(rows, tokenizer, config, say)
     _refuse_other_vocabulary(model, encoded.train)
+    _refuse_beyond_context(model, [*encoded.train, *encoded.eval])
     if encoded.chat_template is not None:
         tokenizer.chat_template = encoded.chat_template
         model.decal_base = replace(model.decal_base, chat_template=encoded.chat_template)
@@ -247,4 +249,17 @@ def _refuse_other_vocabulary(model: Any, samples: list[Sample]) -> None:
             f" the embedding has {rows} rows",
             details=[f"first seen in row {worst.row}"],
             hint="tokenizer and weights do not belong together",
+        )
+
+
+def _refuse_beyond_context(model: Any, samples: list[Sample]) -> None:
+    """Positions that the model never saw have no embedding, or one that means nothing."""
+    context = context_length(model)
+    long = [sample for sample in samples if context is not None and len(sample) > context]
+    if long:
+        raise DataError(
+            f"{len(long)} of {len(samples)} rows are longer than the model's context of"
+            f" {context:,} tokens",
+            details=[f"row {long[0].row} has {len(long[0]):,} tokens"],
+            hint=f"set `data.max_length: {context}`",
         )
