@@ -28,7 +28,7 @@ MIN_DUPLICATE = 10
 
 LEVELS = (
     {"errors", "version"},
-    {"problems"},
+    {"problems", "untrusted"},
     {"config"},
     {"runfile", "kernels"},
     {"quant"},

@@ -167,9 +167,25 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     """The model's config.json as transformers reads it; raises BaseModelError."""
     folder = local_folder(path, revision, weights=False)
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except Exception as error:
         raise _load_error(path, error) from error
+    if not trust_remote_code:
+        _refuse_kernels(path, config)
+    return config
+
+
+def _refuse_kernels(path: str, config: Any) -> None:
+    """An attention named `owner/name` is code on the hub, which transformers fetches and runs."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        named = getattr(part, "_attn_implementation", None)
+        if named is not None and "/" in str(named):
+            raise BaseModelError(
+                f"base `{path}` asks for code from the hub: its attention is `{named}`",
+                hint="take attn_implementation out of its config.json, or set"
+                " base.trust_remote_code to true",
+            )
 
 
 def load_tokenizer(

@@ -11,6 +11,7 @@ Knows no architecture: keys are what the files say, and what they mean is for mo
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -20,9 +21,23 @@ from torch import Tensor
 
 from decal.errors import BaseModelError
 from decal.store.files import read_json, writing
-from decal.store.tensorfile import TensorEntry, TensorFile, load_tensor, read_header
+from decal.store.tensorfile import (
+    HEADER_LIMIT,
+    TensorEntry,
+    TensorFile,
+    load_tensor,
+    read_header,
+)
 
-__all__ = ["INDEX_NAME", "WEIGHTS_NAME", "BaseFiles", "copy_side_files", "open_base", "side_files"]
+__all__ = [
+    "INDEX_NAME",
+    "WEIGHTS_NAME",
+    "BaseFiles",
+    "copy_side_files",
+    "open_base",
+    "refuse_links",
+    "side_files",
+]
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -88,7 +103,7 @@ def open_base(folder: str | Path) -> BaseFiles:
             f"base `{place}` has no config.json",
             hint="this is an adapter; its adapter_config.json names the base" if adapter else None,
         )
-    config = read_json(place / "config.json", BaseModelError, hint=_AGAIN)
+    config = read_json(place / "config.json", BaseModelError, hint=_AGAIN, nan=True)
     if (place / WEIGHTS_NAME).exists():
         listed, names = None, [WEIGHTS_NAME]
     else:
@@ -117,14 +132,15 @@ def _weight_map(folder: Path) -> dict[str, str]:
             + (f", only `{pickles[0]}`" if pickles else ""),
             hint=hint if pickles else "give a folder with model.safetensors or its shards",
         )
-    listed = read_json(path, BaseModelError, hint=_AGAIN).get("weight_map")
+    index = read_json(path, BaseModelError, hint=_AGAIN, limit=HEADER_LIMIT)
+    listed = index.get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise BaseModelError(f"`{path}` has no weight_map", hint=_AGAIN)
     for key, name in listed.items():
         inside = isinstance(name, str) and name == Path(name).name and "\\" not in name
-        if not inside or not name.endswith(".safetensors"):
+        if not inside or not name.endswith(".safetensors") or "\0" in name:
             raise BaseModelError(
-                f"`{path}` puts tensor `{key}` into {name!r}, which is no file of this folder"
+                f"`{path}` puts tensor `{key}` into {name!r:.200}, which is no file of this folder"
             )
     return listed
 
@@ -171,7 +187,7 @@ def _joined(
 def side_files(folder: Path) -> list[Path]:
     """What belongs to a model apart from config and weights: tokenizer, templates, licence, code.
 
-    Paths relative to `folder`, sorted.
+    Paths relative to `folder`, sorted. Raises BaseModelError for links that lead out of it.
     """
     found = [
         Path(file.name)
@@ -182,7 +198,27 @@ def side_files(folder: Path) -> list[Path]:
     ]
     for name in _SIDE_FOLDERS:
         found += [f.relative_to(folder) for f in (folder / name).rglob("*") if f.is_file()]
+    refuse_links(folder, found)
     return sorted(found)
+
+
+def refuse_links(folder: Path, names: Iterable[Path | str]) -> None:
+    """Raises BaseModelError if one of the files is a link that leads out of the folder.
+
+    Such a file would be copied or uploaded with the model, and its sender may have meant your keys.
+    In the hub's cache (models--x/snapshots/commit) links lead to its own blobs; that folder counts
+    as a whole. A folder that is a link itself is where it leads.
+    """
+    place = folder.resolve()
+    cached = place.parent.name == "snapshots" and place.parent.parent.name.startswith("models--")
+    own = place.parent.parent if cached else place
+    for name in names:
+        target = (folder / name).resolve()
+        if not target.is_relative_to(own):
+            raise BaseModelError(
+                f"`{folder / name}` is a link out of its folder, to `{target}`",
+                hint="if it belongs to the model, put a copy of the file in the link's place",
+            )
 
 
 def copy_side_files(source: Path, target: Path) -> list[Path]:

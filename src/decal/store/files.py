@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from decal.errors import DecalError, OutputError, StorageError
+from decal.untrusted import parse_json, read_bounded
 
 try:
     import fcntl
@@ -30,6 +31,7 @@ except ImportError:  # not POSIX: no locks, everything else works
     fcntl = None  # type: ignore[assignment]
 
 __all__ = [
+    "JSON_LIMIT",
     "atomic_folder",
     "check_free",
     "file_lock",
@@ -45,6 +47,9 @@ __all__ = [
     "write_text",
     "writing",
 ]
+
+JSON_LIMIT = 16 << 20
+"""Bytes of a JSON file that is read whole; thirty times that is the most it takes in memory."""
 
 _HIDDEN = re.compile(r"\.(?P<name>.+)\.decal-[0-9a-f]{8}(?P<old>-old)?")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -98,16 +103,28 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         raise storage_error(error, path) from error
 
 
-def read_json(path: Path, error: type[DecalError], *, hint: str | None = None) -> dict[str, Any]:
-    """The JSON object in `path`; raises `error`, naming the file, for anything else."""
+def read_json(
+    path: Path,
+    error: type[DecalError],
+    *,
+    hint: str | None = None,
+    limit: int = JSON_LIMIT,
+    nan: bool = False,
+) -> dict[str, Any]:
+    """The JSON object in `path`; raises `error`, naming the file, for anything else.
+
+    `limit` bounds its bytes; `nan` takes NaN and Infinity, which configs of some models hold.
+    """
+    raw = None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_bounded(path, limit)
+        value = parse_json(raw, nan=nan)
     except OSError as problem:
         reason = problem.strerror or str(problem)
         raise error(f"`{path}` cannot be read: {reason.lower()}", hint=hint) from problem
     except ValueError as problem:
-        empty = path.stat().st_size == 0
-        reason = "it is empty" if empty else f"it is not valid JSON ({problem})"
+        reason = str(problem) if raw is None else f"it is not valid JSON ({problem})"
+        reason = "it is empty" if raw == b"" else reason
         raise error(f"`{path}` cannot be read: {reason}", hint=hint) from problem
     if not isinstance(value, dict):
         raise error(f"`{path}` cannot be read: it holds no JSON object", hint=hint)
@@ -136,9 +153,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, value: object) -> None:
-    """`write_bytes` of an indented JSON document; NaN and infinity are refused (ValueError)."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(path: Path, value: object, *, nan: bool = False) -> None:
+    """`write_bytes` of an indented JSON document; NaN and infinity only with `nan` (ValueError)."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=nan) + "\n")
 
 
 def fsync_folder(folder: Path) -> None:

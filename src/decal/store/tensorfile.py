@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from decal.errors import DecalError, VerificationError
 from decal.store.files import writing
+from decal.untrusted import parse_json
 
 __all__ = [
     "TORCH_DTYPES",
@@ -53,6 +55,9 @@ HEADER_LIMIT = 100_000_000
 """Longest header in bytes; the limit of the safetensors format itself."""
 CHUNK = 16 << 20
 """Bytes read or copied at once."""
+
+_MOST_DIMENSIONS = 64
+"""torch's own limit."""
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
@@ -121,7 +126,10 @@ def read_header(path: Path, error: type[DecalError], *, hint: str | None = None)
             the message names the file and the reason, `hint` is passed on.
     """
     try:
-        size = path.stat().st_size
+        known = path.stat()
+        if not stat.S_ISREG(known.st_mode) and not stat.S_ISDIR(known.st_mode):
+            raise error(f"`{path}` is no regular file", hint=hint)
+        size = known.st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > HEADER_LIMIT or 8 + length > size:
@@ -131,6 +139,8 @@ def read_header(path: Path, error: type[DecalError], *, hint: str | None = None)
     except OSError as problem:
         text = (problem.strerror or str(problem)).lower()
         raise error(f"`{path}` cannot be read: {text}", hint=hint) from problem
+    except ValueError as problem:
+        raise error(f"`{path}` cannot be the path of a file", hint=hint) from problem
     try:
         entries, metadata = _parse(path, raw, data_start=8 + length, size=size)
     except _HeaderError as problem:
@@ -152,12 +162,13 @@ def _parse(
     path: Path, raw: bytes, *, data_start: int, size: int
 ) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as problem:
-        raise _HeaderError("its header is not JSON") from problem
-    if not isinstance(header, dict):
+        header = parse_json(raw, unique=True)
+    except ValueError as problem:
+        raise _HeaderError(f"its header is not JSON ({problem})") from problem
+    if not isinstance(header, dict) or raw[:1] != b"{":
         raise _HeaderError("its header is no JSON object")
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _HeaderError("its __metadata__ is no table of strings")
     spans: list[tuple[int, int, str]] = []
@@ -184,14 +195,16 @@ def _claim(key: str, value: Any) -> tuple[TensorSpec, int, int]:
     except (KeyError, TypeError, ValueError) as problem:
         raise _HeaderError(f"tensor `{key}` lacks dtype, shape or offsets") from problem
     if not isinstance(dtype, str) or dtype not in _BITS:
-        raise _HeaderError(f"tensor `{key}` has the unknown dtype {dtype!r}")
+        raise _HeaderError(f"tensor `{key}` has the unknown dtype {dtype!r:.60}")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
         raise _HeaderError(f"tensor `{key}` has a shape or offset that is no natural number")
+    if len(shape) > _MOST_DIMENSIONS or math.prod(n or 1 for n in shape) >= 1 << 62:
+        raise _HeaderError(f"tensor `{key}` has a shape that no tensor can have")
     bits = math.prod(shape) * _BITS[dtype]
     if bits % 8 or end - begin != bits // 8:
         raise _HeaderError(
-            f"tensor `{key}` of shape {shape} in {dtype} needs {bits // 8} bytes, "
+            f"tensor `{key}` of shape {shape} in {dtype} needs {-(-bits // 8)} bytes, "
             f"its offsets say {end - begin}"
         )
     return TensorSpec(dtype, tuple(shape)), begin, end
@@ -218,7 +231,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError) as error:
         raise OSError(errno.EIO, f"the file changed while it was read ({error})", path) from error
 
 

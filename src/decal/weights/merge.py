@@ -296,7 +296,7 @@ def _write_rest(job: _Job, folder: Path) -> None:
         weight_map = {key: name for name, shard in job.shards.items() for key in shard}
         document = {"metadata": {"total_size": job.nbytes}, "weight_map": weight_map}
         write_json(folder / INDEX_NAME, document)
-    write_json(folder / "config.json", _config(job, specs))
+    write_json(folder / "config.json", _config(job, specs), nan=True)
     copy_side_files(job.base.folder, folder)
     for name, text in job.changes.texts.items():
         write_text(folder / name, text)
