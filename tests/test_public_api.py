@@ -10,9 +10,9 @@ import pytest
 import decal
 
 NAMES = """
-    Adapter DecalError FullConfig LoraConfig QuantConfig RunConfig TrainConfig __version__ attach
-    detach disabled dump_run generate inspect load load_base load_run merge
-    merge_in_place save_adapter train use
+    Adapter DataConfig DecalError FullConfig LoraConfig QuantConfig RunConfig TrainConfig
+    __version__ attach compare dequantize detach diff disabled dump_run generate inspect
+    load load_base load_run merge merge_in_place mixed push quantize save_adapter train use
 """.split()  # noqa: SIM905 (a block of names reads better)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from decal.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from decal.config import DataConfig as DataConfig
     from decal.config import FullConfig as FullConfig
     from decal.config import LoraConfig as LoraConfig
     from decal.config import QuantConfig as QuantConfig
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
     from decal.model.inject import detach as detach
     from decal.model.inject import disabled as disabled
     from decal.model.inject import use as use
+    from decal.model.use import mixed as mixed
     from decal.runfile import dump_run as dump_run
     from decal.runfile import load_run as load_run
+    from decal.verbs.compare import compare as compare
+    from decal.verbs.diff import diff as diff
     from decal.verbs.generate import generate as generate
     from decal.verbs.in_place import merge_in_place as merge_in_place
     from decal.verbs.inspect import inspect as inspect
@@ -33,10 +37,14 @@ if TYPE_CHECKING:
     from decal.verbs.load import load_base as load_base
     from decal.verbs.load import save_adapter as save_adapter
     from decal.verbs.merge import merge as merge
+    from decal.verbs.push import push as push
+    from decal.verbs.quantize import dequantize as dequantize
+    from decal.verbs.quantize import quantize as quantize
     from decal.verbs.train import train as train
 
 _HOME = {
     "Adapter": "decal.model.adapter",
+    "DataConfig": "decal.config",
     "DecalError": "decal.errors",
     "FullConfig": "decal.config",
     "LoraConfig": "decal.config",
@@ -44,7 +52,10 @@ _HOME = {
     "RunConfig": "decal.config",
     "TrainConfig": "decal.config",
     "attach": "decal.model.inject",
+    "compare": "decal.verbs.compare",
+    "dequantize": "decal.verbs.quantize",
     "detach": "decal.model.inject",
+    "diff": "decal.verbs.diff",
     "disabled": "decal.model.inject",
     "dump_run": "decal.runfile",
     "generate": "decal.verbs.generate",
@@ -54,6 +65,9 @@ _HOME = {
     "load_run": "decal.runfile",
     "merge": "decal.verbs.merge",
     "merge_in_place": "decal.verbs.in_place",
+    "mixed": "decal.model.use",
+    "push": "decal.verbs.push",
+    "quantize": "decal.verbs.quantize",
     "save_adapter": "decal.verbs.load",
     "train": "decal.verbs.train",
     "use": "decal.model.inject",
