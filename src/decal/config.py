@@ -216,7 +216,11 @@ def _by_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> V
 
 
 class FullConfig(Settings):
-    """Full fine-tuning: every weight is trained, nothing is added."""
+    """Full fine-tuning: every weight is trained, nothing is added.
+
+    The base's own dropout is off here too: torch draws its masks per micro-batch, so the result
+    would depend on how a step is cut.
+    """
 
     method: Literal["full"] = "full"
     """What is trained: `lora` adds low-rank adapters, `full` trains every weight, `continue` goes
