@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import fields, replace
 from itertools import islice
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from decal.data.batch import IGNORE, Batch
-from decal.data.pack import Batches, Step, flat_batch, make_batches, padded_batch
+from decal.data.pack import Batches, Step, flat_batch, make_batches, padded_batch, split
 from decal.data.sample import Sample
 from decal.errors import DataError
 
@@ -135,3 +136,41 @@ def test_flat_batches_are_dense() -> None:
 def test_no_rows() -> None:
     with pytest.raises(DataError, match="no rows to train on"):
         Batches(samples=[], batch_size=2, micro_batch_tokens=8)
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+@pytest.mark.parametrize("budget", [1, 15, 16, 40])
+def test_a_split_batch_is_its_samples_packed_anew(layout: str, budget: int) -> None:
+    """Every field equals that of a batch built from the same samples, with labels and without.
+
+    Fails when bounds, targets or widths are those of the batch that was split.
+    """
+    for labels in (False, True) if layout == "padded" else (False,):
+        chosen = [replace(s, label=s.row % 3 if labels else None) for s in samples(7)]
+        build = padded_batch if layout == "padded" else flat_batch
+        whole = build(chosen)
+        parts = split(whole, budget)
+        by_row = {s.row: s for s in chosen}
+        assert sorted(row for part in parts for row in part.rows) == sorted(by_row)
+        for part in parts:
+            assert len(part.rows) == 1 or part.input_ids.numel() <= budget
+            again = build([by_row[row] for row in part.rows])
+            for field in fields(Batch):
+                ours, theirs = getattr(part, field.name), getattr(again, field.name)
+                if isinstance(theirs, torch.Tensor):
+                    assert ours.dtype == theirs.dtype, field.name
+                    assert torch.equal(ours, theirs), field.name
+                else:
+                    assert ours == theirs, field.name
+        assert len(parts) == len(chosen) or budget > 1
+        assert [p.rows for p in parts] == [
+            p.rows for p in make_batches(chosen, budget, layout=whole.layout)
+        ]
+
+
+def test_a_batch_that_fits_is_not_split() -> None:
+    """Fails when it is rebuilt, or when a single long sample is cut."""
+    batch = flat_batch(samples(3))
+    assert split(batch, batch.tokens) == [batch]
+    single = flat_batch(samples(1))
+    assert split(single, 1) == [single]

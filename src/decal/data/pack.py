@@ -18,14 +18,15 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import count
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import count, pairwise
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from decal.data.batch import IGNORE, Batch
 from decal.data.order import permutation
@@ -121,9 +122,75 @@ def make_batches(
     Deterministic: depends on the samples, their order and the budget only.
     """
     lengths = [len(sample) for sample in samples]
-    groups = (_flat_groups if layout == "flat" else _padded_groups)(lengths, micro_batch_tokens)
     build = flat_batch if layout == "flat" else padded_batch
-    return [build([samples[i] for i in group], pad_id) for group in groups]
+    return [
+        build([samples[i] for i in group], pad_id)
+        for group in _groups(layout, lengths, micro_batch_tokens)
+    ]
+
+
+def split(batch: Batch, micro_batch_tokens: int) -> list[Batch]:
+    """The samples of a batch in batches of at most so many tokens; the batch itself if it fits.
+
+    For a machine whose memory turned out too small for a batch: the same samples, targets and ids.
+    A sample longer than that goes alone.
+    """
+    if batch.input_ids.numel() <= micro_batch_tokens or len(batch.rows) == 1:
+        return [batch]
+    if batch.cu_seq_lens is not None:
+        bounds = batch.cu_seq_lens.tolist()
+        lengths = [end - begin for begin, end in pairwise(bounds)]
+    else:
+        assert batch.attention is not None
+        lengths = batch.attention.sum(dim=1).tolist()
+    part = _flat_part if batch.layout == "flat" else _padded_part
+    groups = _groups(batch.layout, lengths, micro_batch_tokens)
+    return [part(batch, lengths, group) for group in groups]
+
+
+def _flat_part(batch: Batch, lengths: Sequence[int], chosen: Sequence[int]) -> Batch:
+    ends = np.cumsum(lengths)
+    ranges = [np.arange(ends[i] - lengths[i], ends[i]) for i in chosen]
+    places = torch.from_numpy(np.concatenate(ranges))
+    bounds = np.cumsum([0, *(lengths[i] for i in chosen)])
+    return _part(
+        batch,
+        chosen,
+        lambda tensor: tensor[:, places],
+        cu_seq_lens=torch.from_numpy(bounds.astype(np.int32)),
+        max_length=max(lengths[i] for i in chosen),
+        tokens=int(bounds[-1]),
+    )
+
+
+def _padded_part(batch: Batch, lengths: Sequence[int], chosen: Sequence[int]) -> Batch:
+    longest = max(lengths[i] for i in chosen)
+    return _part(
+        batch,
+        chosen,
+        lambda tensor: tensor[list(chosen), :longest].contiguous(),
+        max_length=longest,
+        tokens=sum(lengths[i] for i in chosen),
+    )
+
+
+def _part(
+    batch: Batch, chosen: Sequence[int], take: Callable[[Tensor], Tensor], **changes: Any
+) -> Batch:
+    targets = take(batch.targets)
+    labels = None if batch.labels is None else batch.labels[list(chosen)]
+    return replace(
+        batch,
+        input_ids=take(batch.input_ids),
+        targets=targets,
+        positions=take(batch.positions),
+        attention=None if batch.attention is None else take(batch.attention),
+        sample_ids=take(batch.sample_ids),
+        rows=tuple(batch.rows[i] for i in chosen),
+        trained=int((targets != IGNORE).sum()) if labels is None else len(labels),
+        labels=labels,
+        **changes,
+    )
 
 
 def flat_batch(samples: Sequence[Sample], pad_id: int = 0) -> Batch:
@@ -190,6 +257,10 @@ def _targets(sample: Sample) -> NDArray[np.int64]:
     trained = sample.trained[1:]
     targets[:-1][trained] = sample.input_ids[1:][trained]
     return targets
+
+
+def _groups(layout: LayoutName, lengths: Sequence[int], budget: int) -> list[list[int]]:
+    return (_flat_groups if layout == "flat" else _padded_groups)(lengths, budget)
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

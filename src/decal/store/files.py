@@ -2,9 +2,9 @@
 
 Everything is written beside its destination, forced to disk, and renamed: a reader sees the old
 content or the new one, never half of it, whenever the process dies. What a killed process leaves
-behind is a hidden sibling; the next writer of the same destination removes it. A temporary folder
-is held with `flock` while its owner lives, so a live one is never taken for a leftover (a process
-id would not do: ids are reused, and differ between machines on a shared disk).
+behind is a hidden sibling; the next writer of the same destination removes it. A temporary file or
+folder is held with `flock` while its owner lives, so a live one is never taken for a leftover (a
+process id would not do: ids are reused, and differ between machines on a shared disk).
 
 Knows no formats: not safetensors, not PEFT, not runs.
 """
@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ __all__ = [
     "check_free",
     "file_lock",
     "fsync_folder",
+    "is_leftover",
     "read_json",
     "require_space",
     "scratch_folder",
@@ -133,10 +134,11 @@ def read_json(
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replaces `path` by a file with `data`, atomically; raises StorageError or OutputError."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with writing(path):
+        sweep(path.parent, path.name)
+        temporary, handle = _hidden_sibling(path, _new_file)
         try:
-            with temporary.open("xb") as file:
+            with os.fdopen(handle, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -260,7 +262,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent, target.name)
-        temporary, handle = _hidden_sibling(target)
+        temporary, handle = _hidden_sibling(target, _new_folder)
     try:
         yield temporary
     except BaseException as error:
@@ -274,18 +276,31 @@ def scratch_folder(target: Path) -> Iterator[Path]:
             os.close(handle)
 
 
-def _hidden_sibling(target: Path) -> tuple[Path, int]:
+def _hidden_sibling(target: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """A new hidden file or folder beside `target` and its handle, which holds the lock."""
     while True:
-        folder = target.with_name(f".{target.name}.decal-{secrets.token_hex(4)}")
-        folder.mkdir()
-        if os.name != "posix":
-            return folder, -1
-        # A sweep of another process may come between the two calls; then take a new name.
+        path = target.with_name(f".{target.name}.decal-{secrets.token_hex(4)}")
+        # A sweep of another process may come between making and locking; then take a new name.
         with suppress(FileNotFoundError):
-            handle = os.open(folder, os.O_RDONLY)
-            if file_lock(handle) and folder.exists():
-                return folder, handle
+            handle = make(path)
+            if handle < 0 or (file_lock(handle) and path.exists()):
+                return path, handle
             os.close(handle)
+
+
+def _new_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY) if os.name == "posix" else -1
+
+
+def _new_file(path: Path) -> int:
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    return os.open(path, flags, 0o666)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file or folder of this name is a temporary one, of a living writer or a dead."""
+    return _HIDDEN.fullmatch(name) is not None
 
 
 def sweep(parent: Path, name: str | None = None) -> None:
@@ -295,19 +310,24 @@ def sweep(parent: Path, name: str | None = None) -> None:
     """
     if os.name != "posix":
         return
-    for folder in list(parent.iterdir()):
-        found = _HIDDEN.fullmatch(folder.name)
+    for path in list(parent.iterdir()):
+        found = _HIDDEN.fullmatch(path.name)
         if not found or name not in (None, found["name"]):
             continue
-        handle = os.open(folder, os.O_RDONLY)
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError:  # its writer was quicker, or it is another user's
+            continue
         try:
             if not file_lock(handle):
                 continue
             target = parent / found["name"]
             if found["old"] and not target.exists():
-                os.rename(folder, target)
+                os.rename(path, target)
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                shutil.rmtree(folder, ignore_errors=True)
+                path.unlink(missing_ok=True)
         finally:
             os.close(handle)
 

@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ from decal.store.files import (
     atomic_folder,
     check_free,
     file_lock,
+    is_leftover,
     read_json,
+    require_space,
     sweep,
     write_json,
     write_text,
@@ -127,7 +130,7 @@ class RunFolder:
         """Raises OutputError if `create` would; writes nothing."""
         out = Path(path)
         hint = "go on with --resume, start over with --force, or choose another output"
-        if not _only_lock(out):
+        if not _never_began(out):
             check_free(out, force=force, hint=hint)
 
     @classmethod
@@ -232,6 +235,7 @@ class RunFolder:
         with atomic_folder(folder, force=True) as place:
             for stem, named in tensors.items():
                 save_tensors(place / f"{stem}.safetensors", named, {"format": "pt"})
+            self._sync_metrics()
             document = {
                 "step": step,
                 "sha256": {file.name: _hash(file) for file in sorted(place.iterdir())},
@@ -242,6 +246,19 @@ class RunFolder:
         with writing(self._checkpoints):
             self._rotate(step, best)
         return folder
+
+    def require_space(self, checkpoint: int, count: int, result: int) -> None:
+        """Raises StorageError unless the disk has room for what a run will hold at once.
+
+        That is `count` checkpoints of `checkpoint` bytes, but no more than rotation keeps and one
+        that is being written, and the `result`; what earlier sittings left counts as there.
+        """
+        held = [self._checkpoints / f"step-{step:08d}" for step in self.steps()]
+        with writing(self._checkpoints):
+            there = sum(file.stat().st_size for folder in held for file in folder.iterdir())
+        needed = checkpoint * min(count, _KEPT + 2) + result - there
+        if needed > 0:
+            require_space(self.path, needed)
 
     def checkpoint(self, step: int) -> Checkpoint:
         """The checkpoint of one step. Raises StorageError if it is missing or damaged."""
@@ -289,6 +306,11 @@ class RunFolder:
     def _checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def _sync_metrics(self) -> None:
+        """Forces metrics to disk before the checkpoint that goes on from them."""
+        with suppress(FileNotFoundError), self._metrics.open("rb") as file:
+            os.fsync(file.fileno())
+
     def _rotate(self, newest: int, best: int | None) -> None:
         sweep(self._checkpoints)
         steps = self.steps()
@@ -298,21 +320,26 @@ class RunFolder:
                 _remove(self._checkpoints / f"step-{step:08d}")
 
 
-def _only_lock(out: Path) -> bool:
-    return out.is_dir() and all(f.name == ".lock" for f in out.iterdir())
+def _never_began(out: Path) -> bool:
+    """The folder holds no more than a run leaves that was killed before its settings stood."""
+    if not out.is_dir():
+        return False
+    with writing(out):
+        return all(f.name == ".lock" or is_leftover(f.name) for f in out.iterdir())
 
 
 def _hold(out: Path) -> int:
     with writing(out):
         handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     if file_lock(handle):
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, str(os.getpid()).encode(), 0)
+        with suppress(OSError):  # a full disk: the lock holds, only its owner's id is not known
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, str(os.getpid()).encode(), 0)
         return handle
     owner = os.pread(handle, 32, 0).decode("ascii", "replace")
     os.close(handle)
     raise OutputError(
-        f"another process (id {owner}) trains into `{out}`",
+        f"another process (id {owner or 'unknown'}) trains into `{out}`",
         hint="wait for it, stop it, or choose another output",
     )
 
