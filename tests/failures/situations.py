@@ -38,21 +38,21 @@ def off(found: Tensor, wanted: Tensor, bare: Tensor) -> float:
 
 
 @torch.no_grad()
-def draw(model: Any, ratio: float | None = None, seed: int = 0) -> None:
-    """Random values for everything that the adapter `default` trains.
+def draw(model: Any, name: str = "default", *, ratio: float | None = None, seed: int = 0) -> None:
+    """Random values for everything that an adapter trains.
 
     With `ratio`, each layer's delta is this large relative to its weight.
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in adapted_layers(model).values():
-        lora = lora_of(layer, "default")
+        lora = lora_of(layer, name)
         for parameter in lora.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
         if ratio is not None:
             parts = lora.low_rank()
             delta = parts.scale * parts.B @ parts.A
             lora.B *= ratio * layer.base.weight().float().norm() / delta.norm()
-    for parameter in full_state(model).values():
+    for parameter in full_state(model, name).values():
         parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
@@ -74,7 +74,7 @@ def tuned(
     model, _ = load_base(base, quant=QuantConfig(format=quant), dtype=dtype, device="cpu")
     bare = logits(model)
     attach(model, LoraConfig(**{"r": 8, "lora_alpha": 20, "lora_dropout": 0, **settings}))
-    draw(model, ratio)
+    draw(model, ratio=ratio)
     adapter_of(model).save_pretrained(out)
     return logits(model), bare
 
