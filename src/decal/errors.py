@@ -12,6 +12,7 @@
     ├── TrainingError         NaN, no gradient, nothing to train             (exit 1)
     ├── VerificationError     what was written is not what was meant         (exit 1)
     └── Interrupted           Ctrl-C, after what can be kept was kept        (exit 130)
+                              SIGTERM, likewise                              (exit 143)
 
 What is worth saying but stops nothing is a `DecalWarning`, given through `warnings`; the CLI shows
 it as one line.
@@ -107,9 +108,17 @@ class DecalWarning(UserWarning):
     """Something that works and that the user should know; one sentence."""
 
 
+_LONGEST = 200
+_MOST = 2000
+"""Names that are compared, and their characters: both may come from a stranger's file."""
+
+
 def nearest(name: str, known: Sequence[str]) -> str | None:
     """The known name closest to `name`, or None if none is close enough to suggest."""
-    found = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if len(name) > _LONGEST:  # no typing error; and comparing takes the square of the length
+        return None
+    short = [k for k in known[:_MOST] if len(k) <= _LONGEST]
+    found = difflib.get_close_matches(name, short, n=1, cutoff=0.6)
     return found[0] if found else None
 
 

@@ -17,6 +17,7 @@ import json
 import os
 import stat
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,8 @@ def parse_json(text: bytes | str, *, unique: bool = False, nan: bool = False) ->
         text = text.decode("utf-8")
     if text.startswith("\ufeff"):
         raise ValueError("it begins with a byte order mark")
-    pairs = _once if unique else None
     try:
-        value = json.loads(
-            text, object_pairs_hook=pairs, parse_constant=None if nan else _no_constant
-        )
+        value = _decoder(unique, nan).decode(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
@@ -74,6 +72,13 @@ def parse_json(text: bytes | str, *, unique: bool = False, nan: bool = False) ->
         except UnicodeEncodeError:
             raise ValueError("it has half of a surrogate pair, which is no text") from None
     return value
+
+
+@cache
+def _decoder(unique: bool, nan: bool) -> json.JSONDecoder:
+    return json.JSONDecoder(
+        object_pairs_hook=_once if unique else None, parse_constant=None if nan else _no_constant
+    )
 
 
 def _no_constant(name: str) -> None:

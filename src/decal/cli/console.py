@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -33,6 +34,7 @@ __all__ = [
     "write",
 ]
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _BOLD, _RED, _YELLOW, _CYAN = 1, 31, 33, 36
 
 
@@ -77,13 +79,18 @@ def _painted(text: str, colour: int, stream: TextIO) -> str:
 def _complain(
     label: str, colour: int, message: str, details: Iterable[str], hint: str | None
 ) -> None:
-    lines = [_wrapped(message, f"{label}: ", colour)]
-    lines += [_wrapped(detail, "  ") for detail in details]
+    lines = [_wrapped(_harmless(message), f"{label}: ", colour)]
+    lines += [_wrapped(_harmless(detail), "  ") for detail in details]
     if hint:
-        lines.append(_wrapped(hint, "hint: ", _CYAN))
+        lines.append(_wrapped(_harmless(hint), "hint: ", _CYAN))
     sys.stdout.flush()
     sys.stderr.write("\n".join(lines) + "\n")
     sys.stderr.flush()
+
+
+def _harmless(text: str) -> str:
+    """Control characters written out: a name from a stranger's file must not steer a terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _wrapped(text: str, label: str, colour: int | None = None) -> str:
@@ -106,7 +113,7 @@ def _wrapped(text: str, label: str, colour: int | None = None) -> str:
 
 def show_error(error: DecalError) -> None:
     """An error in decal's voice on stderr; stopping on request is not called an error."""
-    label, colour = ("stopped", _YELLOW) if error.exit_code == 130 else ("error", _RED)
+    label, colour = ("stopped", _YELLOW) if error.exit_code > 128 else ("error", _RED)
     _complain(label, colour, error.message, error.details, error.hint)
 
 
@@ -167,4 +174,4 @@ def _fact(value: Any) -> str:
         return f"{value:,.6g}"
     if isinstance(value, list | tuple):
         return ", ".join(_fact(v) for v in value)
-    return str(value)
+    return _harmless(str(value))

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from decal.data.problems import RowError
+from decal.data.problems import RowError, columns_text
 from decal.errors import DataError, nearest
 
 PART = re.compile(r"\{\{|\}\}|\{([^{}]+)\}|[{}]")
@@ -57,7 +57,7 @@ class Columns:
             for _, name in parts:
                 if name and name not in row:
                     near = nearest(name, list(row))
-                    found = ", ".join(f"`{column}`" for column in row) or "none"
+                    found = columns_text(row) or "none"
                     raise DataError(
                         f"`data.columns.{target}` names the column `{name}`, which the data does "
                         "not have",

@@ -14,13 +14,25 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
 from decal.config import DataConfig
 from decal.data.order import SHUFFLE_STREAM, permutation
 from decal.data.readers import RawRow, plain_row
 from decal.errors import DataError, nearest
+from decal.untrusted import parse_json, read_bounded
 
 SHUFFLE_BUFFER = 10_000
 """Rows held to shuffle a stream: it is shuffled only as far as that reaches."""
+
+_CARD, _SPLITS = "README.md", ".huggingface.yaml"
+"""Files in which a folder may say which of its files are which split."""
+_DESCRIPTION_LIMIT = 4 << 20
+_FRONT = re.compile(r"\s*---(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|\Z)", re.DOTALL)
+_LISTS = ("configs", "splits", "_data_files")
+_FAR = re.compile(r"^[/~\\]|^[A-Za-z]:|://|::|(^|[/\\])\.\.([/\\]|$)")
+"""An absolute path, an address, or a way up."""
 
 ANSWER_SECONDS = 5.0
 """How long the hub is waited for."""
@@ -34,6 +46,15 @@ def data_set_rows(settings: DataConfig, seed: int) -> Iterator[RawRow]:
     Raises:
         DataError: it cannot be reached, or has no such configuration or split.
     """
+    try:
+        yield from _numbered(settings, seed)
+    except DataError:
+        raise
+    except Exception as error:  # while rows are read: of datasets, of pyarrow, of the network
+        raise _failure(settings, error, local=Path(settings.path).is_dir()) from error
+
+
+def _numbered(settings: DataConfig, seed: int) -> Iterator[RawRow]:
     rows = _load(settings)
     limit = settings.limit
     classes = _classes(rows)
@@ -59,9 +80,11 @@ def _load(settings: DataConfig) -> Any:
     import datasets
 
     folder = Path(settings.path)
+    local = folder.is_dir()
+    if local:
+        _refuse_far_files(folder)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _saved(settings)
-    local = folder.is_dir()
     try:
         with nullcontext() if local else _shortly(settings.path):
             return datasets.load_dataset(
@@ -70,8 +93,63 @@ def _load(settings: DataConfig) -> Any:
                 split=settings.split,
                 streaming=settings.streaming,
             )
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except DataError:
+        raise
+    except Exception as error:
         raise _failure(settings, error, local=local) from error
+
+
+def _refuse_far_files(folder: Path) -> None:
+    """What describes a folder's splits may name files in it only.
+
+    `datasets` would also read other files of this disk, and fetch addresses: nobody asked for that
+    who named a folder.
+
+    Raises:
+        DataError: a description names anything else, or cannot be read.
+    """
+    for path in (folder / _CARD, folder / _SPLITS, *_states(folder)):
+        if not path.is_file():
+            continue
+        try:
+            described = _description(path)
+        except (OSError, ValueError, YAMLError, RecursionError) as error:
+            reason = next(iter(str(error).splitlines()), "")
+            raise DataError(f"`{path}` cannot be read: {reason}") from error
+        listed = [described.get(key) for key in _LISTS] if isinstance(described, dict) else None
+        far = next((text for text in _texts(listed) if _FAR.search(text)), None)
+        if far is not None:
+            raise DataError(
+                f"`{path}` names data outside of its folder: {far!r:.200}",
+                hint="correct it, or name the file itself in data.path",
+            )
+
+
+def _states(folder: Path) -> Iterator[Path]:
+    yield from (folder / name for name in ("dataset_dict.json", "state.json"))
+    yield from folder.glob("*/state.json")
+
+
+def _description(path: Path) -> object:
+    text = read_bounded(path, _DESCRIPTION_LIMIT).decode("utf-8-sig")
+    if path.suffix == ".json":
+        return parse_json(text)
+    block = _FRONT.match(text) if path.name == _CARD else None
+    if path.name == _CARD and block is None:
+        return None
+    return YAML(typ="safe", pure=True).load(block[1] if block else text)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """All texts in a YAML value; each part of it once, however often it is named."""
+    waiting, seen = [value], set()
+    while waiting:
+        now = waiting.pop()
+        if isinstance(now, str):
+            yield now
+        elif isinstance(now, dict | list) and id(now) not in seen:
+            seen.add(id(now))
+            waiting += now.values() if isinstance(now, dict) else now
 
 
 def _saved(settings: DataConfig) -> Any:
@@ -80,7 +158,7 @@ def _saved(settings: DataConfig) -> Any:
 
     try:
         saved = datasets.load_from_disk(settings.path)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _failure(settings, error, local=True) from error
     if not isinstance(saved, dict):
         if settings.split != "train":

@@ -19,7 +19,7 @@ from typing import Any
 
 from decal.data.example import Example, Message
 from decal.data.messages import parse_messages, parse_tools, plain_text
-from decal.data.problems import RowError
+from decal.data.problems import MOST_COLUMNS, RowError, columns_text
 from decal.errors import DataError, nearest
 
 
@@ -56,7 +56,8 @@ def find_layout(columns: Mapping[str, Any], made: frozenset[str], number: int, s
         return fitting[0]
     wanted = [" and ".join(f"`{c}`" for c in layout.columns) for layout in LAYOUTS.values()]
     known = [column for layout in LAYOUTS.values() for column in layout.columns]
-    near = {column: nearest(column, known) for column in columns if column not in known}
+    strange = [column for column in columns if column not in known][:MOST_COLUMNS]
+    near = {column: nearest(column, known) for column in strange}
     hints = [f"rename `{column}` to `{meant}`" for column, meant in near.items() if meant]
     raise DataError(
         f"the columns of `{source}` fit no layout: row {number} has {_names(columns)}",
@@ -101,7 +102,7 @@ def parse_row(name: str, number: int, columns: Mapping[str, Any], ignored: set[s
 
 
 def _names(columns: Mapping[str, Any]) -> str:
-    return ", ".join(f"`{column}`" for column in columns) or "no columns"
+    return columns_text(columns) or "no columns"
 
 
 # --- chats ------------------------------------------------------------------------------------

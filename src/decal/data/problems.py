@@ -14,6 +14,18 @@ from decal.data.sample import Sample
 from decal.errors import DataError
 
 SHOWN = 5
+LONGEST = 400
+"""Characters of what is wrong with one row; its values may be of any length."""
+MOST_COLUMNS = 24
+"""Columns that a message names; a row may have any number of them, of any length."""
+
+
+def columns_text(columns: Iterable[str]) -> str:
+    """Names of columns for a message, each shortened, a few of them; empty for none."""
+    names = list(columns)
+    shown = [f"`{name}`" if len(name) <= 60 else f"`{name[:57]}...`" for name in names]
+    more = f" and {len(names) - MOST_COLUMNS:,} more" if len(names) > MOST_COLUMNS else ""
+    return ", ".join(shown[:MOST_COLUMNS]) + more
 
 
 class RowError(Exception):
@@ -65,7 +77,7 @@ class Problems:
     def _line(self, kind: str) -> str:
         row, problem = self._first[kind]
         others = self._rows[kind][1:]
-        line = f"row {row}: {problem.text}"
+        line = f"row {row}: {problem.text[:LONGEST]}"
         if not others:
             return line
         more = self._counts[kind] - 1

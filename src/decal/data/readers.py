@@ -13,28 +13,46 @@ is, is what a user finds again in an editor:
 All but .parquet may also be compressed: `.jsonl.gz`. Only .jsonl and .parquet are read piece by
 piece; the others are held in memory while they are read. A .json file with one object per line is
 read as .jsonl, because that is what many programs write under this name.
+
+A file may come from a stranger, so what is read at once is bounded: a line, a file that must be
+held whole, and how much larger than itself a compressed file may become.
 """
 
 from __future__ import annotations
 
 import codecs
 import csv
+import errno
 import gzip
 import io
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from decal.data.problems import RowError
+from decal.data.problems import RowError, columns_text
 from decal.errors import DataError
+from decal.untrusted import parse_json
 
 RawRow: TypeAlias = "tuple[int, object | RowError]"
 
 CSV_FIELD_LIMIT = 2**31 - 1
 """Python's own limit, 128 KB a cell, is shorter than some documents."""
+
+LINE_LIMIT = 64 << 20
+"""Bytes of one line of JSON; a book has about one million."""
+
+WHOLE_LIMIT = 4 << 30
+"""Bytes of a file that is held in memory while it is read."""
+
+FREE = 256 << 20
+"""Bytes that any compressed file may become."""
+
+RATIO = 100
+"""Beyond that, bytes for each byte of the file. Text shrinks to a tenth or a thirtieth; a file made
+to fill memory to a thousandth."""
 
 HINT_UTF8 = "save the file as UTF-8"
 
@@ -65,20 +83,68 @@ def read_file(path: Path) -> Iterator[RawRow]:
         raise DataError(f"`{path}` cannot be read: {why}") from error
 
 
-def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if suffix_of(path).endswith(".gz") else path.open("rb")
+def _open(path: Path) -> io.BufferedIOBase:
+    if not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "it is no regular file")
+    if not suffix_of(path).endswith(".gz"):
+        return path.open("rb")
+    return io.BufferedReader(_Inflated(path), 1 << 20)
+
+
+class _Allowance:
+    """How many bytes a compressed file may still become."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._size = path.stat().st_size
+        self._left = max(FREE, RATIO * self._size)
+
+    def take(self, count: int) -> None:
+        """Raises DataError where `count` bytes more are too many."""
+        self._left -= count
+        if self._left < 0:
+            raise DataError(
+                f"`{self._path}` becomes more than {RATIO} times its {self._size:,} bytes",
+                hint="it may be made to fill your memory; if you trust it, decompress it first",
+            )
+
+
+class _Inflated(io.RawIOBase):
+    """The decompressed bytes of a .gz file, as far as they are allowed."""
+
+    def __init__(self, path: Path):
+        self._allowance = _Allowance(path)
+        self._file = gzip.open(path, "rb")  # noqa: SIM115 (closed by `close`)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        self._allowance.take(count)
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 # --- JSON -------------------------------------------------------------------------------------
 
 
 def _jsonl(path: Path) -> Iterator[RawRow]:
-    with _open(path) as lines:
-        yield from _json_lines(path, lines)
+    with _open(path) as file:
+        yield from _json_lines(path, file)
 
 
-def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[RawRow]:
+def _json_lines(path: Path, file: io.BufferedIOBase) -> Iterator[RawRow]:
+    lines = iter(lambda: file.readline(LINE_LIMIT + 1), b"")
     for number, line in enumerate(lines, start=1):
+        if len(line) > LINE_LIMIT:
+            raise DataError(
+                f"line {number} of `{path}` is longer than {LINE_LIMIT:,} bytes",
+                hint="each row is one line; break the text of the row up into several rows",
+            )
         if number == 1:
             line = _without_mark(path, line)
         if line.strip():
@@ -87,7 +153,7 @@ def _json_lines(path: Path, lines: Iterable[bytes]) -> Iterator[RawRow]:
 
 def _json_line(number: int, line: bytes) -> object | RowError:
     try:
-        row: object = json.loads(line.decode("utf-8").rstrip())
+        row: object = parse_json(line.decode("utf-8").rstrip(), nan=True)
         return row
     except UnicodeDecodeError as error:
         bad = line[error.start]
@@ -105,14 +171,14 @@ def _json_line(number: int, line: bytes) -> object | RowError:
             f"invalid JSON on line {number}, column {error.colno}: {error.msg}",
             hint=hint,
         )
-    except RecursionError:
-        return RowError("invalid JSON", f"JSON on line {number} is nested too deeply")
+    except ValueError as error:
+        return RowError("invalid JSON", f"JSON on line {number} cannot be used: {error}")
 
 
 def _json(path: Path) -> Iterator[RawRow]:
     text = _text(path)
     try:
-        whole = json.loads(text)
+        whole = parse_json(text, nan=True)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":
             yield from _json_lines(path, io.BytesIO(text.encode("utf-8")))
@@ -121,8 +187,8 @@ def _json(path: Path) -> Iterator[RawRow]:
             f"`{path}` is not valid JSON: line {error.lineno}, column {error.colno}: {error.msg}",
             hint="a .json file holds one array of objects; one object per line is .jsonl",
         ) from None
-    except RecursionError:
-        raise DataError(f"`{path}` is nested too deeply") from None
+    except ValueError as error:
+        raise DataError(f"`{path}` cannot be used: {error}") from None
     yield from enumerate(_array(path, whole), start=1)
 
 
@@ -137,7 +203,7 @@ def _array(path: Path, whole: object) -> list[object]:
     rows = {key: value for key, value in lists.items() if value and isinstance(value[0], dict)}
     if len(lists) == 1 and len(rows) == 1:
         return next(iter(rows.values()))
-    found = ", ".join(f"`{key}`" for key in lists or whole) or "nothing"
+    found = columns_text(lists or whole) or "nothing"
     raise DataError(
         f"`{path}` is one object with {found}, not an array of rows",
         hint=f"{hint}, or an object with one such array in it",
@@ -199,18 +265,20 @@ def _ragged(number: int, cells: list[str], header: list[str]) -> str:
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number, allowance = 0, _Allowance(path)
     try:
         with pq.ParquetFile(path) as table:
             classes = _classes(table.schema_arrow.metadata)
             for batch in table.iter_batches(batch_size=1024):
+                allowance.take(batch.nbytes)
                 for row in batch.to_pylist():
                     number += 1
                     yield number, plain_row(row, classes)
-    except pa.ArrowException as error:
+    except (DataError, OSError):
+        raise
+    except Exception as error:  # of pyarrow, or of Python where a value is none: dates, text
         first_line = next(iter(str(error).splitlines()), "")
         raise DataError(f"`{path}` is not a readable parquet file: {first_line}") from error
 
@@ -218,14 +286,14 @@ def _parquet(path: Path) -> Iterator[RawRow]:
 def _classes(metadata: dict[bytes, bytes] | None) -> dict[str, list[str]]:
     """Names of the classes per column, where `datasets` wrote them into the file."""
     try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
+        features = parse_json((metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: [str(name) for name in feature["names"]]
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, ValueError, TypeError, AttributeError):
         return {}
-    return {
-        column: feature["names"]
-        for column, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    }
 
 
 def plain_row(row: dict[str, Any], classes: dict[str, list[str]]) -> dict[str, Any]:
@@ -237,7 +305,7 @@ def plain_row(row: dict[str, Any], classes: dict[str, list[str]]) -> dict[str, A
     plain = {column: _without_fillers(value) for column, value in row.items()}
     for column, names in classes.items():
         value = row.get(column)
-        if isinstance(value, int):
+        if isinstance(value, int) and not isinstance(value, bool):
             plain[column] = names[value] if 0 <= value < len(names) else None
     return plain
 
@@ -266,8 +334,7 @@ def _txt(path: Path) -> Iterator[RawRow]:
 
 
 def _text(path: Path) -> str:
-    with _open(path) as file:
-        content = _without_mark(path, file.read())
+    content = _without_mark(path, _whole(path))
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -278,6 +345,20 @@ def _text(path: Path) -> str:
             f"0x{content[error.start]:02x}",
             hint=HINT_UTF8,
         ) from None
+
+
+def _whole(path: Path) -> bytes:
+    pieces, size = [], 0
+    with _open(path) as file:
+        while piece := file.read(1 << 24):
+            pieces.append(piece)
+            size += len(piece)
+            if size > WHOLE_LIMIT:
+                raise DataError(
+                    f"`{path}` holds more than {WHOLE_LIMIT:,} bytes, and would be held in memory",
+                    hint="write its rows into a .jsonl or .parquet file",
+                )
+    return b"".join(pieces)
 
 
 def _without_mark(path: Path, content: bytes) -> bytes:

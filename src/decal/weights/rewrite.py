@@ -184,5 +184,5 @@ def _write_rest(
         config["dtype"] = text
     config |= changes
     config = {key: value for key, value in config.items() if changes.get(key, 0) is not None}
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config, nan=True)
     copy_side_files(job.base.folder, folder)
