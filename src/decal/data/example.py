@@ -5,10 +5,11 @@ Knows neither files nor tokenizers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from decal.untrusted import parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -65,7 +66,7 @@ def _decoded(call: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(arguments, str):
         return dict(call)
     try:
-        value = json.loads(arguments)
+        value = parse_json(arguments, nan=True)
     except ValueError:
         return dict(call)
     return {**call, "arguments": value} if isinstance(value, dict) else dict(call)

@@ -12,7 +12,6 @@ blank line, input, and an answer). So the base's own chat template is used for a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +20,7 @@ from decal.data.example import Example, Message
 from decal.data.messages import parse_messages, parse_tools, plain_text
 from decal.data.problems import MOST_COLUMNS, RowError, columns_text
 from decal.errors import DataError, nearest
+from decal.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def _turn(i: int, turn: object) -> object:
 def _calls(i: int, value: object) -> list[Any]:
     """The calls in a turn of `function_call`: JSON text of one call or of a list."""
     try:
-        calls = json.loads(value) if isinstance(value, str) else value
+        calls = parse_json(value, nan=True) if isinstance(value, str) else value
     except ValueError:
         raise RowError(
             "a function call that is no JSON",

@@ -13,6 +13,7 @@ from typing import Any
 from decal.data.example import ROLES, Message
 from decal.data.problems import RowError
 from decal.errors import nearest
+from decal.untrusted import parse_json
 
 TEMPLATE_KEYS = (
     "tool_calls",
@@ -51,7 +52,7 @@ def parse_tools(tools: object) -> tuple[Any, ...] | None:
         if not tools.strip():
             return None
         try:
-            tools = json.loads(tools)
+            tools = parse_json(tools, nan=True)
         except ValueError as error:
             raise RowError("broken `tools`", f"`tools` is not valid JSON: {error}") from None
     if not tools:

@@ -36,9 +36,14 @@ from decal.quant import FORMATS
 from decal.quant.base import Packed, Recipe
 from decal.quant.codebook import NESTED_BLOCK_SIZE, CodebookFormat, check_recipe, nested_map
 from decal.quant.int8 import INT8, OUTLIER
+from decal.untrusted import parse_json
 
 STATE = "quant_state.bitsandbytes__"
 _LONGEST_FLOAT = -1.2345678901234567e-100
+_LONGEST_STATE = 10_000
+"""Bytes of the JSON beside a weight; it has some three hundred."""
+_LARGEST = 3e38
+"""What float32 can hold."""
 _MAP_TOLERANCE = 1e-6
 """Older versions computed the maps in another order of float32 operations."""
 
@@ -189,10 +194,10 @@ def _from_int8(name: str, tensors: Mapping[str, Tensor]) -> Packed:
         raise QuantError(
             f"`{name}.SCB` holds {scales.numel()} scales, `{name}.weight` has {len(codes)} rows"
         )
-    if layout is not None and (layout.numel() != 1 or int(layout) != 0):
+    if layout is not None and (layout.numel() != 1 or bool((layout != 0).any())):
         raise QuantError(
             f"`{name}.weight` is stored in an order made for one kind of GPU "
-            f"(weight_format {layout.tolist()}), decal reads row-major ones",
+            f"(weight_format {layout.reshape(-1)[:4].tolist()}), decal reads row-major ones",
             hint="load and save it with a current bitsandbytes",
         )
     return Packed(
@@ -205,18 +210,34 @@ def _from_int8(name: str, tensors: Mapping[str, Tensor]) -> Packed:
 
 def _state(prefix: str, tensor: Tensor) -> dict[str, Any]:
     """The JSON beside a weight, with every field that is read present."""
+    if tensor.dtype != torch.uint8 or tensor.numel() > _LONGEST_STATE:
+        kind = f"{tensor.dtype} {list(tensor.shape)}"
+        raise QuantError(f"`{prefix}.{STATE}…` is not readable JSON: {kind}")
     try:
-        state = json.loads(bytes(tensor.cpu().contiguous().view(torch.uint8).tolist()))
-        fields = {"blocksize", "dtype", "shape"}
-        missing = fields - set(state)
-        sound = not missing and len(state["shape"]) == 2
-        sound = sound and isinstance(getattr(torch, state["dtype"], None), torch.dtype)
-    except (ValueError, TypeError) as error:
+        state = parse_json(bytes(tensor.reshape(-1).tolist()))
+    except ValueError as error:
         raise QuantError(f"`{prefix}.{STATE}…` is not readable JSON: {error}") from error
-    if not sound:
-        raise QuantError(f"`{prefix}.{STATE}…` does not describe a linear weight: {state}")
+    if not _sound(state):
+        raise QuantError(f"`{prefix}.{STATE}…` does not describe a linear weight: {state!r:.300}")
     result: dict[str, Any] = state
     return result
+
+
+def _sound(state: object) -> bool:
+    """Whether blocksize, shape, dtype and the double quantization's offset are what they must."""
+    if not isinstance(state, dict):
+        return False
+    shape, name = state.get("shape"), state.get("dtype")
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    numbers = [*shape, state.get("blocksize")] if isinstance(shape, list) else []
+    return (
+        len(numbers) == 3
+        and all(type(n) is int and 0 < n < 1 << 40 for n in numbers)
+        and isinstance(dtype, torch.dtype)
+        and dtype.is_floating_point
+        and type(state.get("nested_offset", 0.0)) in (int, float)
+        and abs(state.get("nested_offset", 0.0)) < _LARGEST
+    )
 
 
 def _check_nested(prefix: str, state: Mapping[str, Any]) -> None:
@@ -235,8 +256,10 @@ def _check_maps(
     if missing:
         raise QuantError(f"`{prefix}` lacks {len(missing)} tensors: {', '.join(missing)}")
     for key, expected in maps.items():
-        given = own[key].to(torch.float32).view(-1)
-        if given.shape != expected.shape or (given - expected).abs().max() > _MAP_TOLERANCE:
+        same = own[key].numel() == expected.numel()
+        given = own[key].to(torch.float32).reshape(-1) if same else expected
+        # The right way round for NaN, which is not smaller than anything.
+        if not same or not bool((given - expected).abs().max() <= _MAP_TOLERANCE):
             raise QuantError(f"`{prefix}.{key}` is not the codebook of its format")
 
 
@@ -267,7 +290,8 @@ def describe_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
     # transformers wrote no quant_method before 4.35.
     if stored.get("quant_method", "bitsandbytes") != "bitsandbytes":
         return None
-    skipped = list(stored.get("llm_int8_skip_modules") or ())
+    given = stored.get("llm_int8_skip_modules")
+    skipped = [str(name) for name in given] if isinstance(given, list) else []
     if stored.get("load_in_4bit"):
         return {
             "format": str(stored.get("bnb_4bit_quant_type", "fp4")),

@@ -46,6 +46,7 @@ from decal.store.files import (
     writing,
 )
 from decal.store.tensorfile import load_tensors, read_header, save_tensors
+from decal.untrusted import parse_json
 
 __all__ = ["Checkpoint", "RunFolder"]
 
@@ -354,7 +355,7 @@ def _remove(path: Path) -> None:
 def _row(line: bytes) -> dict[str, Any] | None:
     """One line of metrics.jsonl, or None if it is not what was written."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         return None
     return row if isinstance(row, dict) else None

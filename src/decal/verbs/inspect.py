@@ -6,7 +6,6 @@ hundred bytes, the JSON in which bitsandbytes keeps its block size.
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from math import prod
@@ -23,9 +22,12 @@ from decal.store.files import read_json
 from decal.store.peft import CONFIG_NAME, ModuleHeader, PeftHeader, peek_adapter
 from decal.store.run import RunFolder
 from decal.store.tensorfile import TensorEntry, raw_chunks
+from decal.untrusted import parse_json
 from decal.verbs.target import BASE, LABELS, QUANTIZER, resolve
 
 _STATE = ".quant_state.bitsandbytes__"
+_LONGEST = 10_000
+"""Bytes of such a state; it has some three hundred."""
 
 
 def inspect(path: str | Path) -> dict[str, Any]:
@@ -168,7 +170,7 @@ def _module_rows(header: PeftHeader) -> list[dict[str, Any]]:
 def _recorded(header: PeftHeader, key: str) -> Any:
     """One of decal's own metadata entries; None where there is none or it is no JSON."""
     try:
-        return json.loads(header.metadata.get(key, "null"))
+        return parse_json(header.metadata.get(key, "null"))
     except ValueError:
         return None
 
@@ -218,10 +220,9 @@ def _has_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").exists():
         return True
     try:
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return bool(read_json(folder / "tokenizer_config.json", DecalError).get("chat_template"))
+    except DecalError:
         return False
-    return isinstance(settings, dict) and bool(settings.get("chat_template"))
 
 
 def _weights(files: BaseFiles) -> dict[str, Any]:
@@ -272,15 +273,19 @@ def _packed(tensors: Mapping[str, TensorEntry]) -> dict[str, tuple[int, list[str
 
 def _format(files: BaseFiles, weight: str) -> dict[str, Any]:
     """How bitsandbytes packed the model: what config.json and the first weight's state say."""
-    settings = files.config.get("quantization_config") or {}
+    given = files.config.get("quantization_config")
+    settings = given if isinstance(given, dict) else {}
     found: dict[str, Any] = {"method": settings.get("quant_method", "bitsandbytes")}
     state = next((k for k in files.tensors if k.startswith(weight + _STATE)), None)
     if state is None:
         return {**found, "format": "int8"}
+    entry = files.tensors[state]
     try:
-        facts = json.loads(b"".join(raw_chunks(files.tensors[state])))
-    except (OSError, ValueError) as error:
-        raise DecalError(f"`{state}` of `{files.folder}` is not the JSON it should be") from error
+        facts = parse_json(next(raw_chunks(entry), b"")) if entry.spec.nbytes < _LONGEST else None
+    except (OSError, ValueError):
+        facts = None
+    if not isinstance(facts, dict):
+        raise DecalError(f"`{state}` of `{files.folder}` is not the JSON it should be")
     return {
         **found,
         "format": facts.get("quant_type"),

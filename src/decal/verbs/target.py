@@ -5,7 +5,6 @@ Reads settings and headers only; loads nothing.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from decal.errors import AdapterError, DecalError, OutputError
 from decal.model.adapter import Adapter
 from decal.model.hub import adapter_folder, may_be_on_hub, near_path, split_revision
 from decal.runfile import load_run
+from decal.untrusted import parse_json
 
 QUANTIZER = "decal.quantizer"
 BASE = "decal.base"
@@ -128,7 +128,7 @@ def metadata_json(adapter: Adapter, key: str) -> Any:
     if text is None:
         return None
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = parse_json(text)
+    except ValueError as error:
         raise AdapterError(f"metadata `{key}` of the adapter is not JSON: {error}") from None
     return value if isinstance(value, dict | list) else None
