@@ -10,7 +10,6 @@ peers and decal into it. The document says what was seen in the run that wrote i
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 import textwrap
 from importlib.metadata import PackageNotFoundError, version
@@ -18,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from bench import failures_a
+from bench import failures_models
 from bench.failures_row import MakeRow, Row
 from decal.verbs.env import env
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "failures.md"
 PACKAGES = ("decal", "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate")
 
-ROWS: dict[str, MakeRow] = {**failures_a.ROWS}
+ROWS: dict[str, MakeRow] = {**failures_models.ROWS}
 """Id -> what runs it."""
 
 WORDS = {
@@ -42,7 +41,7 @@ Written by `python -m bench.failures`. Every line below was seen in the run that
 situation was built on models of a few thousand parameters, with the real tools, and the result
 compared with the right one. Words in quotation marks are the tools' own.
 
-Versions: {versions}. Machine: {machine}.
+{versions}
 
 "Silently wrong" means: the result is wrong and neither an error nor a warning says so. "Measures
 and says so" means: rounding or the like takes its share, and the tool prints how much.
@@ -53,7 +52,8 @@ and says so" means: rounding or the like takes its share, and the tool prints ho
 
 def page(rows: dict[str, Row]) -> str:
     """The document."""
-    texts = [HEAD.format(versions=versions(), machine=machine(), table=overview(rows))]
+    run = wrapped(f"Versions: {versions()}. Machine: {machine()}.")
+    texts = [HEAD.format(versions=run, table=overview(rows))]
     return "\n".join([*texts, *(section(name, row) for name, row in rows.items())])
 
 
@@ -77,7 +77,7 @@ def overview(rows: dict[str, Row]) -> str:
     lines = ["| | situation | today's tools | decal |", "| --- | --- | --- | --- |"]
     for name, row in rows.items():
         for i, case in enumerate(row.cases):
-            peers = ", ".join(f"{s.who}: {WORDS[s.verdict]}" for s in case.seen if s.who != "decal")
+            peers = "; ".join(f"{s.who}: {WORDS[s.verdict]}" for s in case.seen if s.who != "decal")
             ours = ", ".join(WORDS[s.verdict] for s in case.seen if s.who == "decal")
             lines.append(f"| {name if i == 0 else ''} | {case.what} | {peers} | {ours} |")
     return "\n".join(lines)
@@ -86,7 +86,7 @@ def overview(rows: dict[str, Row]) -> str:
 def section(name: str, row: Row) -> str:
     parts = [f"## {name}. {row.title}", wrapped(row.failure)]
     for case in row.cases:
-        lines = [wrapped(f"{case.what[0].upper()}{case.what[1:]}:")]
+        lines = [wrapped(f"**{case.what}**")]
         lines += [wrapped(f"{s.who} ({WORDS[s.verdict]}): {s.text}", "- ") for s in case.seen]
         parts.append("\n".join([lines[0], "", *lines[1:]]))
     if row.threads:
@@ -121,7 +121,6 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", metavar="ROW", help="F3 and the like; default: all")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
-    os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     text = page(run(options.rows))
     if options.rows:

@@ -66,17 +66,25 @@ class Heard:
     """Standard output and standard error."""
     error: BaseException | None = None
 
-    def verdict(self, right: bool) -> Verdict:
-        """Of a peer: whether it refused, was right, or was wrong with or without a word."""
+    def verdict(self, right: bool, about: str = "") -> Verdict:
+        """Whether the tool refused, was right, or was wrong with or without a word about it.
+
+        A warning counts if the expression `about` is found in it.
+        """
         if self.error is not None:
             return "error"
-        return "right" if right else "warning" if self.lines else "silent"
+        return "right" if right else "warning" if self.said(about) else "silent"
 
-    def words(self, limit: int = 300) -> str:
-        """The error, else the first warning, quoted for the document."""
+    def said(self, about: str = "") -> str | None:
+        """The first warning in which the expression is found."""
+        return next((line for line in self.lines if re.search(about, line)), None)
+
+    def words(self, about: str = "", limit: int = 300) -> str:
+        """The error, else a warning about it, else the first one, quoted for the document."""
         if self.error is not None:
             return quoted(f"{type(self.error).__name__}: {self.error}", limit)
-        return quoted(self.lines[0], limit) if self.lines else "no warning"
+        line = self.said(about) or self.said()
+        return "no warning" if line is None else quoted(line, limit)
 
 
 class _Ear(logging.Handler):
@@ -118,11 +126,9 @@ def watched() -> Iterator[Heard]:
 
 
 def quoted(text: str, limit: int = 300) -> str:
-    """A tool's words on one line, in quotation marks, shortened; folders of this machine left out.
-
-    Quotes, backticks and all are kept as they were said; only `|` is escaped, for tables.
-    """
-    text = text.replace(tempfile.gettempdir(), "").replace(str(Path.home()), "~")
-    text = re.sub(r"(?<![\w.])(/[\w.+-]+)+/(?=[\w.+-])", "…/", text)
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+    """A tool's words in quotation marks and on one line, shortened; without folders of here."""
+    text = re.sub(rf"{re.escape(tempfile.gettempdir())}/[^/\s]+/", "", text)
+    text = re.sub(r"(?<![\w.:/])(/[\w.+-]+)+/(?=[\w.+-])", "…/", text)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    text = " / ".join(" ".join(line.split()) for line in lines if line.strip())
     return '"' + (text if len(text) <= limit else text[: limit - 1].rstrip() + "…") + '"'
