@@ -170,6 +170,9 @@ class MemoryRun:
         files = {s: {k: v.clone() for k, v in named.items()} for s, named in tensors.items()}
         self.kept[step] = Held(step, json.loads(json.dumps(state)), files)
 
+    def require_space(self, checkpoint: int, count: int, result: int) -> None:
+        self.expected = checkpoint, count, result
+
     def latest_checkpoint(self) -> Held | None:
         return self.kept[max(self.kept)] if self.kept else None
 

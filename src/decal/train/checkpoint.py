@@ -32,7 +32,16 @@ from decal.train.events import Checkpoint, Job, Note, Saved
 from decal.train.optim import Optimizer, misfit
 
 PACKAGES = ("decal", "torch", "transformers")
-PLAIN = ("stale", "loss", "eval_loss", "skipped", "tokens", "trained_tokens", "step_seconds")
+PLAIN = (
+    "stale",
+    "loss",
+    "eval_loss",
+    "skipped",
+    "tokens",
+    "trained_tokens",
+    "step_seconds",
+    "micro_batch_tokens",
+)
 """Fields of Progress that are entries of state.json as they are."""
 
 
@@ -56,6 +65,8 @@ class Progress:
     trained_tokens: int = 0
     step_seconds: float = 0.0
     """In steps alone."""
+    micro_batch_tokens: int | None = None
+    """Most tokens in a forward pass since memory ran out; None if it never did."""
     seconds: float = 0.0
     """Wall time of the sittings before this one."""
     curve: list[tuple[int, float]] = field(default_factory=list)
@@ -105,6 +116,12 @@ def save(job: Job, optimizer: Optimizer, progress: Progress, seconds: float) -> 
     }
     job.run.write_checkpoint(progress.step, tensors, state, best=progress.best_step)
     job.observe(Saved(step=progress.step))
+
+
+def require_space(job: Job, optimizer: Optimizer, saves: int) -> None:
+    """Raises StorageError unless the disk has room for the run's checkpoints and its result."""
+    weights = sum(p.nbytes for p in job.parameters.values())
+    job.run.require_space(weights + optimizer.state_bytes(), saves, weights)
 
 
 def start(job: Job, optimizer: Optimizer) -> Progress:

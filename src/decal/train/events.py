@@ -92,6 +92,11 @@ class RunFolder(Protocol):
         """Keeps the newest two and that of step `best`."""
         ...
 
+    def require_space(self, checkpoint: int, count: int, result: int) -> None:
+        """StorageError unless `count` checkpoints of so many bytes, or as many as are kept, and
+        the result have room."""
+        ...
+
     def latest_checkpoint(self) -> Checkpoint | None:
         """The newest sound one; None if the run has none yet."""
         ...
@@ -211,6 +216,8 @@ class Result:
     """Optimizer steps that were done."""
     stopped: str | None
     """Why it ended before its last step (early stopping), in a sentence; None if it did not."""
+    micro_batch_tokens: int | None
+    """Most tokens in a forward pass since memory ran out (room.py); None if it never did."""
     skipped: int
     """Steps whose update was skipped because float16 gradients overflowed."""
     loss: float

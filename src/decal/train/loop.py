@@ -23,7 +23,8 @@ Losses and norm reach the CPU together, once a step, before the update: a GPU is
 each micro-batch, and no NaN ever gets into weights, optimizer or checkpoints. A resumed run drops
 the metrics after its checkpoint and does those steps again, the same to the bit: the data are a
 function of the step's index, dropout is a function of seed, epoch and position, and everything
-else is in the checkpoint.
+else is in the checkpoint (exact.py: torch's deterministic algorithms). A step that finds no memory
+begins anew in smaller micro-batches (room.py).
 
 Trainable tensors that the loss does not reach are found in the first steps (heard.py): they are not
 part of the forward pass, and would be saved as if they had been trained.
@@ -48,13 +49,16 @@ import torch
 from torch import Tensor
 
 from decal.config import TrainConfig
+from decal.data.batch import Batch
 from decal.errors import TrainingError
 from decal.train import checkpoint
 from decal.train.checkpoint import Progress
 from decal.train.events import EvalDone, Evaluating, Job, Note, Result, Step, StepDone
+from decal.train.exact import deterministic
 from decal.train.heard import LATE
 from decal.train.memory import PeakMemory
 from decal.train.optim import Optimizer, lr_at
+from decal.train.room import fitted
 from decal.train.stop import StopSignal
 from decal.train.trouble import (
     broken_gradients,
@@ -90,21 +94,23 @@ def train(job: Job) -> Result:
 
     Raises:
         TrainingError: nothing to train, NaN or infinity, tensors without a gradient, a checkpoint
-            of other parameters, early stopping without evaluation data.
+            of other parameters, early stopping without evaluation data, no memory for one sample.
         ConfigError: the optimizer does not work here.
-        StorageError: metrics or a checkpoint could not be written; earlier checkpoints are intact.
-        Interrupted: Ctrl-C; a checkpoint of the last whole step was written.
+        StorageError: the disk has no room for the run, or metrics or a checkpoint could not be
+            written; earlier checkpoints are intact.
+        Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step was written.
     """
     refuse_untrainable(job)
-    total = total_steps(job.steps.steps_per_epoch, job.settings)
-    eval_every = job.settings.eval_every or math.ceil(total / EVALS_PER_RUN)
-    save_every = job.settings.save_every or eval_every
+    plan = _plan(job)
+    total = plan.total
     optimizer = Optimizer(job.parameters, job.settings, rates=job.rates, scale_loss=job.scale_loss)
     with (
         closing(optimizer),
         PeakMemory(optimizer.device) as memory,
+        deterministic(job.observe),
         StopSignal(job.observe) as stop,
     ):
+        checkpoint.require_space(job, optimizer, plan.saves)
         progress = checkpoint.start(job, optimizer)
         clock = _Clock(progress, total)
         over = _is_over(job, progress, total)
@@ -114,18 +120,19 @@ def train(job: Job) -> Result:
 
         for step in islice(job.steps.steps(progress.step), 0 if over else total - progress.step):
             lr = lr_at(step.index, total, job.settings)
-            done = _learn(job, optimizer, step, lr, stop.poll)
+            done = _learn(job, optimizer, progress, step, lr, stop.poll)
             progress.step = step.index + 1
             _record(job, progress, clock, step, lr, done)
 
             best = False
-            if progress.step % eval_every == 0 or progress.step == total:
+            if progress.step % plan.eval_every == 0 or progress.step == total:
                 best = _evaluate(job, progress, stop.poll)
             over = _is_over(job, progress, total)
-            if progress.step % save_every == 0 or best or over or stop.requested:
+            asked = stop.received  # once: a signal may come between the next lines
+            if progress.step % plan.save_every == 0 or best or over or asked:
                 checkpoint.save(job, optimizer, progress, clock.seconds())
-            if stop.requested:
-                raise interrupted(progress.step, total)
+            if asked:
+                raise interrupted(progress.step, total, asked)
             if over:
                 break
 
@@ -138,6 +145,26 @@ def train(job: Job) -> Result:
             job.observe(Note(text=stopped, warning=False))
         kept = _keep(job, progress)
         return _result(progress, kept, stopped, clock.seconds(), memory)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How long the run is and when it evaluates and saves."""
+
+    total: int
+    eval_every: int
+    save_every: int
+
+    @property
+    def saves(self) -> int:
+        """Most checkpoints that it will write: those that are due, and one for every best."""
+        return math.ceil(self.total / self.save_every) + math.ceil(self.total / self.eval_every)
+
+
+def _plan(job: Job) -> _Plan:
+    total = total_steps(job.steps.steps_per_epoch, job.settings)
+    eval_every = job.settings.eval_every or math.ceil(total / EVALS_PER_RUN)
+    return _Plan(total, eval_every, job.settings.save_every or eval_every)
 
 
 def _is_over(job: Job, progress: Progress, total: int) -> bool:
@@ -183,24 +210,37 @@ class _Done:
 
 
 def _learn(
-    job: Job, optimizer: Optimizer, step: Step, lr: float, poll: Callable[[], None]
+    job: Job,
+    optimizer: Optimizer,
+    progress: Progress,
+    step: Step,
+    lr: float,
+    poll: Callable[[], None],
 ) -> _Done:
     """One optimizer step; nothing is updated if its losses or gradients are not finite."""
     started = time.perf_counter()
     trained = sum(batch.trained for batch in step.micro)
     if trained == 0:
         raise TrainingError(f"step {step.index + 1} has no trained token", details=[rows_of(step)])
-    losses: list[Tensor] = []
-    for batch in step.micro:
+
+    def forward_and_backward(batch: Batch) -> Tensor:
         loss, counted = job.loss(batch, step.epoch)
         refuse_unusable(step, batch, loss, counted)
         optimizer.backward(loss / trained)
-        losses.append(loss.detach())
-        poll()
+        return loss.detach()
 
+    micro, losses = fitted(
+        job,
+        progress,
+        step.micro,
+        forward_and_backward,
+        undo=optimizer.forget,
+        tell=lambda done, of: poll(),
+        where=f"in step {step.index + 1}",
+    )
     norm = optimizer.gradient_norm()
     *values, size = torch.stack([*losses, norm.to(losses[0])]).tolist()
-    refuse_not_finite(job.settings, step, values)
+    refuse_not_finite(job.settings, step, micro, values)
     skipped = False
     if math.isfinite(size):
         optimizer.update(lr, norm)
@@ -238,6 +278,8 @@ def _record(
     if job.scale_loss:
         progress.skipped += done.norm is None
         line["skipped"] = progress.skipped
+    if progress.micro_batch_tokens is not None:
+        line["micro_batch_tokens"] = progress.micro_batch_tokens
     job.run.append_metrics(line)
     progress.loss = done.loss
     progress.tokens += done.tokens
@@ -265,16 +307,28 @@ def _evaluate(job: Job, progress: Progress, poll: Callable[[], None]) -> bool:
     """Loss per trained token over the evaluation batches; True if it is the lowest so far."""
     if not job.eval_batches:
         return False
-    total: Tensor | None = None
-    count = 0
+
+    def forward(batch: Batch) -> tuple[Tensor, int]:
+        loss, counted = job.loss(batch, None)
+        return loss.double(), counted
+
+    def tell(done: int, of: int) -> None:
+        job.observe(Evaluating(step=progress.step, batch=done, batches=of))
+        poll()
+
     with torch.no_grad():
-        for number, batch in enumerate(job.eval_batches, 1):
-            loss, counted = job.loss(batch, None)
-            total = loss.double() if total is None else total + loss.double()
-            count += counted
-            job.observe(Evaluating(step=progress.step, batch=number, batches=len(job.eval_batches)))
-            poll()
-    value = float(total) / count if total is not None and count else math.nan
+        _, parts = fitted(
+            job,
+            progress,
+            job.eval_batches,
+            forward,
+            undo=lambda: None,
+            tell=tell,
+            where=f"in the evaluation after step {progress.step}",
+        )
+    count = sum(counted for _, counted in parts)
+    total = torch.stack([loss for loss, _ in parts]).sum()
+    value = float(total) / count if count else math.nan
     if not math.isfinite(value):
         raise TrainingError(
             f"the evaluation loss after step {progress.step} is {value}",
@@ -307,6 +361,7 @@ def _result(
     return Result(
         steps=progress.step,
         stopped=stopped,
+        micro_batch_tokens=progress.micro_batch_tokens,
         skipped=progress.skipped,
         loss=progress.loss,
         eval_loss=progress.eval_loss,

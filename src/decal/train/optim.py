@@ -194,6 +194,18 @@ class Optimizer:
         self._adamw.zero_grad(set_to_none=True)
         return 1.0 <= self._scaler.get_scale() < before
 
+    def state_bytes(self) -> int:
+        """Bytes of what `tensors` gives once every parameter was updated."""
+        total = 0
+        for name, master in self._masters.items():
+            total += 0 if master is self.parameters[name] else master.nbytes
+            total += (2 if self._eightbit else 2 * master.element_size()) * master.numel()
+        return total
+
+    def forget(self) -> None:
+        """Drops the gradients of a step that begins anew."""
+        self._adamw.zero_grad(set_to_none=True)
+
     def scaler_state(self) -> dict[str, Any]:
         """The loss scale and its history; empty without scaling."""
         return dict(self._scaler.state_dict())

@@ -6,6 +6,7 @@ Only messages; the loop decides when. Steps are counted from 1, as in the metric
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Collection, Iterable, Sequence
 
 from torch import Tensor
@@ -86,7 +87,9 @@ def refuse_unusable(step: Step, batch: Batch, loss: Tensor, counted: int) -> Non
         )
 
 
-def refuse_not_finite(settings: TrainConfig, step: Step, values: Sequence[float]) -> None:
+def refuse_not_finite(
+    settings: TrainConfig, step: Step, micro: Sequence[Batch], values: Sequence[float]
+) -> None:
     """Every micro-batch's loss must be a number; names the rows of the first that is not."""
     bad = [number for number, value in enumerate(values) if not math.isfinite(value)]
     if not bad:
@@ -96,7 +99,7 @@ def refuse_not_finite(settings: TrainConfig, step: Step, values: Sequence[float]
     more = f"  (and {len(bad) - 1} more micro-batches)" if len(bad) > 1 else ""
     raise TrainingError(
         f"the loss of step {step.index + 1} is {values[first]}",
-        details=[f"{_rows([step.micro[first]])} (epoch {step.epoch}, {place}){more}"],
+        details=[f"{_rows([micro[first]])} (epoch {step.epoch}, {place}){more}"],
         hint=calmer(settings),
     )
 
@@ -139,9 +142,11 @@ def out_of_patience(progress: Progress, total: int) -> str:
     )
 
 
-def interrupted(step: int, total: int) -> Interrupted:
-    """Ctrl-C, after the checkpoint was written."""
-    return Interrupted(
+def interrupted(step: int, total: int, received: int | None) -> Interrupted:
+    """Ctrl-C or SIGTERM, after the checkpoint was written; the exit code says which."""
+    error = Interrupted(
         f"stopped after step {step} of {total}; a checkpoint was written",
         hint="resume the run to go on from there",
     )
+    error.exit_code = 128 + (received or signal.SIGINT)
+    return error

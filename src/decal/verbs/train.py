@@ -26,6 +26,7 @@ from decal.store.files import atomic_folder, write_bytes
 from decal.store.run import RunFolder
 from decal.train import eightbit
 from decal.train.events import Event, Job, Note, Result, StepDone
+from decal.train.exact import set_workspace
 from decal.train.loop import train as run_loop
 from decal.verbs.load import base_fingerprint, save_adapter
 from decal.verbs.session import ADAPTER, Say, Session, prepare
@@ -53,7 +54,7 @@ class RunResult:
     def summary(self) -> dict[str, Any]:
         """The run in a few facts, for printing; what did not happen is left out."""
         result = _result_info(self.result)
-        rare = {key for key in ("stopped", "skipped") if not result[key]}
+        rare = {key for key in ("stopped", "skipped", "micro_batch_tokens") if not result[key]}
         return {
             "run": str(self.run),
             "weights": str(self.weights),
@@ -88,9 +89,9 @@ def train(
         TrainingError, StorageError, Interrupted: see `decal.train.loop`.
         Whatever `prepare` raises.
     """
+    set_workspace()
     say = say or (lambda line: None)
     observe = _tidy(observe or (lambda event: None))
-    _refuse_contradictions(config)
     if dry_run:
         session = prepare(config, say)
         say(
@@ -152,26 +153,6 @@ def _reporting(
             observe(event)
 
         yield report
-
-
-def _refuse_contradictions(config: RunConfig) -> None:
-    trackers.require(config.train.report_to)
-    eightbit.require(config.train.optimizer, hf.pick_device(config.base.device))
-    for name in ("eval_every", "early_stopping"):
-        if config.data.eval is None and getattr(config.train, name):
-            raise ConfigError(
-                f"`train.{name}` is set, but `data.eval` is null: there is nothing to evaluate on",
-                hint=f"set `data.eval: 0.05`, or leave `train.{name}` out",
-            )
-    output = Path(config.output)
-    needed = {"base": Path(config.base.path).expanduser()}
-    if isinstance(config.adapter, ContinueConfig):
-        needed["adapter"] = Path(config.adapter.from_).expanduser()
-    for what, path in needed.items():
-        if path.is_dir() and output.resolve() in (path.resolve(), *path.resolve().parents):
-            raise OutputError(
-                f"output `{output}` holds the {what} `{path}`", hint="choose another output"
-            )
 
 
 def _open_run(config: RunConfig, *, resume: bool, force: bool) -> RunFolder:
@@ -286,6 +267,7 @@ def _result_info(result: Result) -> dict[str, Any]:
         "steps": result.steps,
         "stopped": result.stopped,
         "skipped": result.skipped,
+        "micro_batch_tokens": result.micro_batch_tokens,
         "loss": result.loss,
         "eval_loss": result.eval_loss,
         "best_eval_loss": result.best_eval_loss,
