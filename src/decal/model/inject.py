@@ -7,7 +7,8 @@ on one module, the replaced one is outside. What attaching changed on the model 
 when the last adapter leaves.
 
 Nothing is taken on trust. attach ends by walking the model again: every module that was asked for
-has the adapter, no other has, and the parameters are the number in the table. Loading is a
+has the adapter, no other has, and the parameters are the number in the table. Then the model runs
+on a few tokens, to see that it really computes with the adapter (`probe.py`). Loading is a
 bijection between the adapter's tensors and the model's slots (`fit.py`); whatever is left over on
 either side is an error.
 
@@ -17,6 +18,7 @@ Knows no files: adapters arrive as settings or as tensors in memory.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MethodType
 from typing import cast
 
@@ -34,6 +36,7 @@ from decal.adapters import (
 from decal.config import LoraConfig
 from decal.errors import AdapterError
 from decal.model.fit import AdapterLike, check_fit
+from decal.model.probe import probe
 from decal.model.saving import forget_peft_keys, save_adapters, take_peft_keys
 from decal.model.slots import Slots, slots_for
 from decal.model.state import (
@@ -95,7 +98,8 @@ def attach(
         What `target_modules` and the other settings came to.
 
     Raises:
-        AdapterError: the name is taken, or the tensors do not fit the model.
+        AdapterError: the name is taken, the tensors do not fit the model, or the model computes
+            without some of the adapted modules.
         TargetError: a setting matches nothing, or what it cannot act on.
     """
     settings = config if isinstance(config, LoraConfig) else config.config
@@ -116,11 +120,12 @@ def attach(
             load_state(model, name, tensors, trained.full)
         activate(model, Routing(((name, 1.0),)))
         _check_attached(model, name, slots)
+        notes = probe(model, name, new=trained is None)
     except BaseException:  # out of memory half way, say: the model must not stay half adapted
         attached.state.routing = before
         detach(model, name)
         raise
-    return slots.table
+    return replace(slots.table, notes=(*slots.table.notes, *notes))
 
 
 def detach(model: nn.Module, name: str | None = None) -> None:
