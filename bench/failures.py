@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from bench import failures_models
+from bench import failures_merging, failures_models
 from bench.failures_row import MakeRow, Row
 from decal.verbs.env import env
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "failures.md"
 PACKAGES = ("decal", "torch", "transformers", "peft", "bitsandbytes", "trl", "accelerate")
 
-ROWS: dict[str, MakeRow] = {**failures_models.ROWS}
+ROWS: dict[str, MakeRow] = {**failures_merging.ROWS, **failures_models.ROWS}
 """Id -> what runs it."""
 
 WORDS = {
