@@ -69,7 +69,7 @@ def fitted(
     device = next(iter(job.parameters.values())).device
     generators = _generators(device)
     while True:
-        cut = _cut(batches, progress.micro_batch_tokens)
+        cut = fitting(batches, progress.micro_batch_tokens)
         results: list[T] = []
         try:
             for number, batch in enumerate(cut, 1):
@@ -98,7 +98,8 @@ def fitted(
         job.observe(Note(text=text))
 
 
-def _cut(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
+def fitting(batches: Sequence[Batch], tokens: int | None) -> list[Batch]:
+    """The batches, split to at most so many tokens; None leaves them as they are."""
     if tokens is None:
         return list(batches)
     return [part for batch in batches for part in split(batch, tokens)]

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import transformers
 
-from decal.config import ContinueConfig, FullConfig, RunConfig
-from decal.errors import ConfigError, OutputError
+from decal.config import FullConfig, RunConfig
+from decal.data.pack import split
+from decal.errors import ConfigError
 from decal.model import hf
 from decal.model.heap import give_back_freed
 from decal.model.inject import trainable_parameters
@@ -24,14 +25,18 @@ from decal.report.plots import loss_png
 from decal.runfile import dump_run, parse_run
 from decal.store.files import atomic_folder, write_bytes
 from decal.store.run import RunFolder
-from decal.train import eightbit
 from decal.train.events import Event, Job, Note, Result, StepDone
 from decal.train.exact import set_workspace
 from decal.train.loop import train as run_loop
+from decal.train.room import fitting
+from decal.verbs.findings import before
+from decal.verbs.inputs import ADAPTER, look, refuse_own_output
 from decal.verbs.load import base_fingerprint, save_adapter
-from decal.verbs.session import ADAPTER, Say, Session, prepare
+from decal.verbs.session import Say, Session, begin
 from decal.version import __version__
 
+MAY_CHANGE = ("output", "train.micro_batch_tokens", "train.gradient_checkpointing")
+"""Settings that a resumed run may have otherwise: they cost memory or time, not the result."""
 TIDY_EVERY = 32
 """Steps between two looks at the heap; one takes a few milliseconds."""
 
@@ -71,15 +76,19 @@ def train(
     resume: bool = False,
     force: bool = False,
     dry_run: bool = False,
+    check: bool = True,
     observe: Callable[[Event], None] | None = None,
     say: Say | None = None,
 ) -> RunResult | None:
     """Trains what `config` says into the run folder `config.output`.
 
     Args:
-        resume: go on from the newest checkpoint of that folder; the settings must be the same.
+        resume: go on from the newest checkpoint of that folder; the settings must be the same,
+            apart from `MAY_CHANGE`.
         force: remove an earlier run there.
         dry_run: stop before step 1; nothing is written and None is returned.
+        check: look at data, targets and model as `decal check` does, beyond what cannot be trained
+            at all: problems are errors, warnings are told to `observe`.
         observe: called with every event of the loop.
         say: called with lines about what was found and done.
 
@@ -92,8 +101,9 @@ def train(
     set_workspace()
     say = say or (lambda line: None)
     observe = _tidy(observe or (lambda event: None))
+    refuse_own_output(config)
     if dry_run:
-        session = prepare(config, say)
+        session = _prepare(config, check, observe, say)
         say(
             f"{session.total_steps:,} steps of {config.train.batch_size} samples;"
             " dry run, nothing written"
@@ -101,16 +111,17 @@ def train(
         return None
     if not resume:  # before the wait for model and data, and again when the folder is made
         RunFolder.check_new(config.output, force=force)
-        session = prepare(config, say)
+        session = _prepare(config, check, observe, say)
     with _open_run(config, resume=resume, force=force) as run:
         if resume:
-            session = prepare(config, say)
+            session = _prepare(config, check, observe, say)
         _write_info(session, run, config.output)
         with session.training(), _reporting(config, run, observe) as report:
             result = run_loop(_job(session, run, report, resume))
         session.model.eval()
         weights = _save(session, run)
         write_bytes(run.path / "loss.png", loss_png(run.metrics(), run.path.name))
+        session.eval_batches = fitting(session.eval_batches, result.micro_batch_tokens)
         scores = session.scores()
         run.write_info({**run.info(), "result": {**_result_info(result), **scores}})
     trainable, total = trainable_parameters(session.model)
@@ -123,6 +134,17 @@ def train(
         total_params=total,
         session=session,
     )
+
+
+def _prepare(config: RunConfig, check: bool, observe: Callable[[Event], None], say: Say) -> Session:
+    """The run, ready to begin; with `check` after a look at what is merely doubtful."""
+    found = look(config)
+    for finding in before(found) if check and not found.problems else ():
+        if finding.level == "problem":
+            found.problems.append(finding.as_problem("--no-check trains anyway"))
+        elif finding.level == "warning":
+            observe(Note(text=finding.line()))
+    return begin(found, say)
 
 
 def _tidy(observe: Callable[[Event], None]) -> Callable[[Event], None]:
@@ -166,7 +188,8 @@ def _open_run(config: RunConfig, *, resume: bool, force: bool) -> RunFolder:
         raise ConfigError(
             f"{len(changed)} settings differ from those the run `{config.output}` began with",
             details=changed[:1],
-            hint="resume with the settings unchanged, or start over with --force",
+            hint=f"resume with the settings unchanged ({', '.join(MAY_CHANGE[1:])} may change), or "
+            "start over with --force",
         )
     return run
 
@@ -177,7 +200,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
         old, new = before.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += _changed(old, new, f"{prefix}{key}.")
-        elif old != new and prefix + key != "output":
+        elif old != new and prefix + key not in MAY_CHANGE:
             lines.append(f"{prefix}{key} was {old}, is {new}")
     return lines
 
@@ -257,7 +280,9 @@ def _data_digest(session: Session) -> str:
     for sample in session.samples:
         hashed.update(f"{sample.row} {len(sample)}\n".encode())
         hashed.update(sample.input_ids.tobytes() + sample.trained.tobytes())
-    for batch in session.eval_batches:
+    # One by one and in order of their rows: how they are cut into batches is not part of the data.
+    alone = [part for batch in session.eval_batches for part in split(batch, 1)]
+    for batch in sorted(alone, key=lambda part: part.rows):
         hashed.update(batch.input_ids.numpy().tobytes() + batch.targets.numpy().tobytes())
     return hashed.hexdigest()
 
