@@ -22,7 +22,7 @@ quickstart: $(STAMPS)/run  ## install and see it work, without downloads of mode
 install: $(STAMPS)/dev  ## everything for working on decal, into .venv
 
 test: $(STAMPS)/dev  ## all tests that need neither a GPU nor a network
-	$(BIN)/python -m pytest -m 'not gpu and not slow' $(TESTS)
+	$(BIN)/python -m pytest -m 'not gpu and not slow' -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
 check: $(STAMPS)/dev  ## format, lint, types, architecture, docs
 	$(BIN)/ruff format --check $(SOURCES)
