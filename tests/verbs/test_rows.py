@@ -58,7 +58,7 @@ def encoded(settings: dict[str, Any]) -> EncodedRows:
     data = DataConfig(**{"eval": 0.25, **settings})
     config = RunConfig(base=str(demo.base_path()), data=data, output="run")
     tokenizer = AutoTokenizer.from_pretrained(demo.base_path())
-    return encode(read_run_rows(config), tokenizer, config, lambda line: None)
+    return encode(read_run_rows(config), tokenizer, config)
 
 
 KINDS = (

@@ -10,6 +10,10 @@ from itertools import groupby
 from decal.data.sample import Sample
 from decal.data.tokens import Tokenizer
 
+SCATTERED = 1.5
+"""Trained tokens per piece below which a mask cannot be right: an answer of one token and the token
+that ends it are two."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataSummary:
@@ -31,6 +35,10 @@ class DataSummary:
     """Rows whose last end-of-turn token is there and trained."""
     straddling: int
     """Tokens that hold characters of a prompt and of what is trained; they are not trained."""
+    longest_row: int = 0
+    """Number of the longest sample's row."""
+    pieces: int = 0
+    """Stretches of trained tokens: an answer is one, a mask gone astray is many short ones."""
     dropped: int = 0
     """Rows left out as too long."""
     per_class: tuple[tuple[str, int], ...] = ()
@@ -42,6 +50,11 @@ class DataSummary:
     def trained_share(self) -> float:
         """Trained tokens as a share of all, 0 … 1."""
         return self.trained / self.tokens if self.tokens else 0.0
+
+    @property
+    def scattered(self) -> bool:
+        """Whether the trained tokens lie in pieces far shorter than any answer and its end."""
+        return self.trained < SCATTERED * self.pieces
 
     def lines(self) -> list[str]:
         """The summary in plain sentences; the second and later lines only where they say much."""
@@ -113,11 +126,14 @@ def summarize(
         notes: further lines, from the encoder.
     """
     counts = Counter(sample.label for sample in samples)
+    longest = max(samples, key=len, default=None)
     return DataSummary(
         rows=len(samples),
         tokens=sum(len(sample) for sample in samples),
         trained=sum(int(sample.trained.sum()) for sample in samples),
-        longest=max((len(sample) for sample in samples), default=0),
+        longest=0 if longest is None else len(longest),
+        longest_row=0 if longest is None else longest.row,
+        pieces=sum(_pieces(sample) for sample in samples),
         truncated_rows=sum(sample.truncated > 0 for sample in samples),
         tokens_cut=sum(sample.truncated for sample in samples),
         trained_cut=sum(sample.lost for sample in samples),
@@ -127,6 +143,11 @@ def summarize(
         per_class=tuple((name, counts[i]) for i, name in enumerate(classes)),
         notes=tuple(notes),
     )
+
+
+def _pieces(sample: Sample) -> int:
+    """Stretches of trained tokens; the first token is never trained."""
+    return int((sample.trained[1:] & ~sample.trained[:-1]).sum())
 
 
 def show_sample(sample: Sample, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

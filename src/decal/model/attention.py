@@ -22,6 +22,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -212,14 +213,29 @@ def _flat_logits(model: PreTrainedModel, batch: Batch) -> Tensor | None:
         return None
 
 
+@dataclass(frozen=True)
+class Flattening:
+    """Whether flattened batches give a model the logits that its samples have alone."""
+
+    works: bool
+    leak: float | None = None
+    """What the probe measured, see `leak`; None where the architecture rules flattening out."""
+
+
+def flattening(model: PreTrainedModel) -> Flattening:
+    """Probes `model`, unless its kind alone says that flattened batches cannot work."""
+    if labels_of(model) is not None or not model._can_set_attn_implementation():
+        return Flattening(False)
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        return Flattening(False)  # in the mask alone, and wider than the probe's samples
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    found = leak(model)
+    return Flattening(found < {torch.float64: 1e-6, torch.float32: 1e-3}.get(dtype, 5e-2), found)
+
+
 def flattens(model: PreTrainedModel) -> bool:
     """Whether flattened batches give `model` the logits that its samples have alone."""
-    if labels_of(model) is not None or not model._can_set_attn_implementation():
-        return False
-    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
-        return False  # in the mask alone, and wider than the probe's samples
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return leak(model) < {torch.float64: 1e-6, torch.float32: 1e-3}.get(dtype, 5e-2)
+    return flattening(model).works
 
 
 def _batch(ids: Tensor, lengths: tuple[int, ...]) -> Batch:

@@ -64,6 +64,7 @@ def load_base(
     revision: str | None = None,
     trust_remote_code: bool = False,
     labels: Sequence[str] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a base model and its tokenizer, quantized while loading if asked for.
 
@@ -74,6 +75,7 @@ def load_base(
         dtype: what the model computes in.
         device: `auto`, or a torch device name.
         labels: load a classifier of these classes instead of a language model.
+        tokenizer: the base's, if it is loaded already.
 
     Raises:
         BaseModelError: no such model, or files that do not fill it.
@@ -89,10 +91,11 @@ def load_base(
         skip=quant.skip_modules if isinstance(quant, QuantConfig) else (),
         labels=labels,
     )
-    loaded: hf.BaseInfo = model.decal_base
-    tokenizer = hf.load_tokenizer(
-        str(path), revision=loaded.commit or revision, trust_remote_code=trust_remote_code
-    )
+    if tokenizer is None:
+        loaded: hf.BaseInfo = model.decal_base
+        tokenizer = hf.load_tokenizer(
+            str(path), revision=loaded.commit or revision, trust_remote_code=trust_remote_code
+        )
     if labels is not None:
         heads.set_padding(model, tokenizer)
     model.decal_describe = adapter_of  # the model's own save_pretrained records what we know

@@ -152,8 +152,8 @@ def _prepare(show: _Show, config: RunConfig, out: Path) -> RunConfig:
     demo.write_jsonl(out / "test.jsonl", "test")
     lines: list[str] = []
     session = prepare(config, lines.append)
-    for line in lines[:1]:
-        show.say(line)
+    base = next(line for line in lines if line.startswith("base: "))
+    show.say(base)
     weights, stored = _base_size(session.model)
     rows = [
         ("16-bit", size(2 * weights), "16.00"),
@@ -162,8 +162,9 @@ def _prepare(show: _Show, config: RunConfig, out: Path) -> RunConfig:
     show.say(table(("stored as", "weights", "bits per weight"), rows))
     show.stage("2. one training sample, what is trained marked")
     show.say(marked(show_sample(session.samples[0], session.tokenizer), colour=show.colour))
-    for line in lines[1:]:
-        show.say(line)
+    for line in lines:
+        if line != base:
+            show.say(line)
     steps = _fitting_steps(session)
     if steps < STEPS:
         show.say(f"this machine is given {steps} steps instead of {STEPS}, to end in time")

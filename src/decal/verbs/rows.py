@@ -6,7 +6,7 @@ its own, in their order. Knows no adapters' insides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,8 @@ from decal.data.chat import Encoder
 from decal.data.label import LabelEncoder, class_names
 from decal.data.sample import Sample
 from decal.data.source import Rows, read_rows, split_eval
-from decal.data.stats import summarize
+from decal.data.stats import DataSummary, summarize
 from decal.errors import DataError, nearest
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +34,23 @@ class RunRows:
 class EncodedRows:
     """The same as tokens."""
 
+    rows: Rows
+    """All of them, for their source and layout."""
     train: list[Sample]
     eval: list[Sample]
+    summary: DataSummary
+    """Of the training rows."""
     chat_template: str | None
     """The template that was used where the tokenizer has none of its own."""
+
+    def lines(self) -> list[str]:
+        """What will be trained, in words."""
+        counts = f"{len(self.train):,} to train, {len(self.eval):,} to evaluate"
+        lines = [f"data: {self.rows.source} ({self.rows.layout}), {counts}"]
+        lines += [f"  {line}" for line in self.summary.lines()]
+        if self.rows.ignored:
+            lines.append(f"  columns not used: {', '.join(self.rows.ignored)}")
+        return lines
 
 
 def read_run_rows(config: RunConfig, known: Sequence[str] | None = None) -> RunRows:
@@ -61,8 +72,8 @@ def read_run_rows(config: RunConfig, known: Sequence[str] | None = None) -> RunR
     return RunRows(rows=rows, train=train, eval=evaluated, classes=classes)
 
 
-def encode(found: RunRows, tokenizer: Any, config: RunConfig, say: Say) -> EncodedRows:
-    """Encodes all rows and says what they will train.
+def encode(found: RunRows, tokenizer: Any, config: RunConfig) -> EncodedRows:
+    """Encodes all rows.
 
     Raises:
         DataError: rows that would train nothing or the wrong thing.
@@ -76,16 +87,13 @@ def encode(found: RunRows, tokenizer: Any, config: RunConfig, say: Say) -> Encod
     summary = summarize(
         samples, dropped=encoder.dropped, classes=found.classes or (), notes=encoder.notes
     )
-    evaluated = encoder.encode_all(found.eval.examples, found.eval.source)
-    rows = found.rows
-    counts = f"{len(samples):,} to train, {len(evaluated):,} to evaluate"
-    say(f"data: {rows.source} ({rows.layout}), {counts}")
-    for line in summary.lines():
-        say(f"  {line}")
-    if rows.ignored:
-        say(f"  columns not used: {', '.join(rows.ignored)}")
-    template = encoder.template_used if isinstance(encoder, Encoder) else None
-    return EncodedRows(train=samples, eval=evaluated, chat_template=template)
+    return EncodedRows(
+        rows=found.rows,
+        train=samples,
+        eval=encoder.encode_all(found.eval.examples, found.eval.source),
+        summary=summary,
+        chat_template=encoder.template_used if isinstance(encoder, Encoder) else None,
+    )
 
 
 def _refuse_new_classes(classes: Sequence[str], known: Sequence[str]) -> None:

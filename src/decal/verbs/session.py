@@ -1,11 +1,12 @@
 """Everything that must stand before step 1: model, adapter, data, and what is said about them.
 
-`prepare` spends no training time and writes nothing; `decal train --dry-run` ends after it.
+`prepare` spends no training time and writes nothing; `decal train --dry-run` ends after it. What
+can be found without weights is found in inputs.py before any are read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,26 +15,33 @@ import torch
 from torch import Tensor, nn
 
 from decal.adapters import DropoutKey, Routing, current_routing, routed
-from decal.config import ContinueConfig, FullConfig, LoraConfig, RunConfig
+from decal.config import FullConfig, RunConfig
 from decal.data.batch import Batch
 from decal.data.pack import Batches, make_batches
 from decal.data.sample import Sample
-from decal.errors import DataError, QuantError
+from decal.errors import QuantError
 from decal.model import attention, heads, hf, switches
 from decal.model.adapter import Adapter
-from decal.model.inject import adapters_of, attach, trainable_line
-from decal.model.rates import learning_rates
+from decal.model.inject import adapters_of, trainable_line
 from decal.model.size import bits_per_weight
+from decal.model.targets import TargetTable
 from decal.model.unquantized import left_unquantized
 from decal.objectives import OBJECTIVES, classify
 from decal.quant import describe
 from decal.train.loop import total_steps
-from decal.verbs.load import check_fingerprint, labels_of, load_base
-from decal.verbs.rows import Say, encode, read_run_rows
-from decal.verbs.target import QUANTIZER, metadata_json, read
-from decal.verbs.text import context_length
+from decal.verbs.inputs import (
+    ADAPTER,
+    Inputs,
+    look,
+    make_trainable,
+    rates,
+    refuse_beyond_context,
+    refuse_other_vocabulary,
+)
+from decal.verbs.load import check_fingerprint, load_base
+from decal.verbs.target import QUANTIZER, metadata_json
 
-ADAPTER = "default"
+Say = Callable[[str], None]
 
 
 @dataclass(kw_only=True)
@@ -46,10 +54,17 @@ class Session:
     samples: list[Sample]
     batches: Batches
     eval_batches: list[Batch]
-    flat: bool
-    """Whether batches are flattened; padded where flattening changes the model's logits."""
+    flattening: attention.Flattening
+    """Whether batches are flattened, and what was measured for it."""
     rates: dict[str, float]
     """Factors on the learning rate by parameter name; see `model/rates.py`."""
+    table: TargetTable | None
+    """What the adapter came to; None where every weight is trained."""
+
+    @property
+    def flat(self) -> bool:
+        """Whether batches are flattened; padded where flattening changes the model's logits."""
+        return self.flattening.works
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -131,11 +146,20 @@ def prepare(config: RunConfig, say: Say) -> Session:
 
     Raises:
         BaseModelError, DataError, TargetError, QuantError: what the settings name is not there, or
-            would train nothing or the wrong thing.
+            would train nothing or the wrong thing. Several problems come in one error.
     """
-    base, asked = config.base, config.adapter
-    going_on = read(asked.from_)[1] if isinstance(asked, ContinueConfig) else None
-    rows = read_run_rows(config, None if going_on is None else labels_of(going_on))
+    return begin(look(config), say)
+
+
+def begin(found: Inputs, say: Say) -> Session:
+    """Loads the weights for what was found, and attaches the adapter; raises as `prepare`."""
+    found.refuse()
+    config, rows, encoded = found.config, found.rows, found.encoded
+    assert rows is not None
+    assert encoded is not None
+    for line in encoded.lines():
+        say(line)
+    base = config.base
     model, tokenizer = load_base(
         base.path,
         quant=config.quant,
@@ -144,20 +168,22 @@ def prepare(config: RunConfig, say: Say) -> Session:
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
         labels=rows.classes,
+        tokenizer=found.tokenizer,
     )
     _say_base(model, config, say)
-    encoded = encode(rows, tokenizer, config, say)
-    _refuse_other_vocabulary(model, encoded.train)
-    _refuse_beyond_context(model, [*encoded.train, *encoded.eval])
+    if found.skeleton is None:
+        refuse_other_vocabulary(model, encoded.train)
+        refuse_beyond_context(model, [*encoded.train, *encoded.eval])
     if encoded.chat_template is not None:
         tokenizer.chat_template = encoded.chat_template
         model.decal_base = replace(model.decal_base, chat_template=encoded.chat_template)
 
-    _make_trainable(model, config, going_on, say)
+    table = _make_trainable(model, config, found.going_on, say)
     say(trainable_line(model))
 
     pools = OBJECTIVES[config.objective].POOLS
-    flat = not pools and attention.flattens(model)
+    flattening = attention.Flattening(False) if pools else attention.flattening(model)
+    flat = flattening.works
     if not flat and not pools:
         say("flattened batches change this model's logits, so padded ones are used")
     return Session(
@@ -169,39 +195,32 @@ def prepare(config: RunConfig, say: Say) -> Session:
         eval_batches=make_batches(
             encoded.eval, config.train.micro_batch_tokens, layout="flat" if flat else "padded"
         ),
-        flat=flat,
-        rates=learning_rates(
-            [name for name, p in model.named_parameters() if p.requires_grad],
-            ratio=config.train.loraplus_lr_ratio,
-            patterns=config.train.lr_pattern,
-        ),
+        flattening=flattening,
+        rates=rates(model, config),
+        table=table,
     )
 
 
-def _make_trainable(model: Any, config: RunConfig, going_on: Adapter | None, say: Say) -> None:
-    """Attaches the adapter that the settings ask for, or frees every weight."""
-    asked = config.adapter
-    heads.start(model, model.decal_base.new, config.train.seed)
-    if isinstance(asked, FullConfig):
-        if model.decal_base.recipe is not None:
-            raise QuantError(
-                f"base `{config.base.path}` is stored as {describe(model.decal_base.recipe)}, and"
-                " quantized weights cannot be trained",
-                hint="use adapter.method lora, or `decal dequantize` the base first",
-            )
-        model.requires_grad_(True)
-        say("full fine-tuning: every weight is trained")
-        return
+def _make_trainable(
+    model: Any, config: RunConfig, going_on: Adapter | None, say: Say
+) -> TargetTable | None:
+    """As `make_trainable`, on a model with weights."""
+    new = model.decal_base.new
+    heads.start(model, new, config.train.seed)
+    if isinstance(config.adapter, FullConfig) and model.decal_base.recipe is not None:
+        raise QuantError(
+            f"base `{config.base.path}` is stored as {describe(model.decal_base.recipe)}, and"
+            " quantized weights cannot be trained",
+            hint="use adapter.method lora, or `decal dequantize` the base first",
+        )
     if going_on is not None:
         _check_same_base(model, going_on, config, say)
-        table = attach(model, going_on, ADAPTER)
-    elif isinstance(asked, LoraConfig):
-        new = heads.new_modules(model.decal_base.new, model.base_model_prefix)
-        whole = tuple(dict.fromkeys((*asked.modules_to_save, *new)))
-        lora = asked.model_copy(update={"modules_to_save": whole})
-        table = attach(model, lora, ADAPTER, seed=config.train.seed)
-    for line in table.lines():
+    table = make_trainable(model, config, going_on, new)
+    if table is None:
+        say("full fine-tuning: every weight is trained")
+    for line in table.lines() if table is not None else ():
         say(line)
+    return table
 
 
 def _check_same_base(model: Any, adapter: Adapter, config: RunConfig, say: Say) -> None:
@@ -237,29 +256,3 @@ def _say_base(model: Any, config: RunConfig, say: Say) -> None:
     )
     for line in left_unquantized(model):
         say(f"  {line}")
-
-
-def _refuse_other_vocabulary(model: Any, samples: list[Sample]) -> None:
-    """A tokenizer of another model makes ids that the embedding does not have."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    worst = max(samples, key=lambda sample: int(sample.input_ids.max()))
-    if int(worst.input_ids.max()) >= rows:
-        raise DataError(
-            f"the tokenizer makes token {int(worst.input_ids.max())},"
-            f" the embedding has {rows} rows",
-            details=[f"first seen in row {worst.row}"],
-            hint="tokenizer and weights do not belong together",
-        )
-
-
-def _refuse_beyond_context(model: Any, samples: list[Sample]) -> None:
-    """Positions that the model never saw have no embedding, or one that means nothing."""
-    context = context_length(model)
-    long = [sample for sample in samples if context is not None and len(sample) > context]
-    if long:
-        raise DataError(
-            f"{len(long)} of {len(samples)} rows are longer than the model's context of"
-            f" {context:,} tokens",
-            details=[f"row {long[0].row} has {len(long[0]):,} tokens"],
-            hint=f"set `data.max_length: {context}`",
-        )
