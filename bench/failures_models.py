@@ -20,7 +20,7 @@ from decal.model.inject import attach
 from decal.model.state import trainable_parameters
 from decal.verbs.load import load, load_base, save_adapter
 from tests import zoo
-from tests.failures.situations import draw, logits, off, tuned
+from tests.failures.situations import draw, logits, off, tuned, with_fused_mlps
 
 IDS = torch.arange(5, 30)[None]
 FILE = "adapter_model.safetensors"
@@ -123,6 +123,7 @@ def f7(folder: Path) -> Row:
         cases.append(_loaded(what, base, changed, (wanted, bare)))
     what = "another base, of the same shape"
     cases.append(_loaded(what, other, folder / "adapter", (wanted, bare)))
+    cases.append(_past())
     cases.append(_targets("one typo among the target modules", "llama", ["q_proj", "v_porj"]))
     return Row(
         title="An adapter that loads as nothing, in part, or on the wrong base",
@@ -154,6 +155,33 @@ def _loaded(what: str, base: Path, adapter: Path, trained: tuple[Tensor, Tensor]
             text += f"{count - used} of {count} tensors left out; " if count > used else ""
         seen.append(Seen(who=who, verdict=verdict, text=text + ears.words()))
     return Case(what=what, seen=seen)
+
+
+def _past() -> Case:
+    """An adapter whose modules the model does not call."""
+    targets = ["gate_proj", "up_proj", "down_proj"]
+    effect: dict[str, float] = {}
+    with watched() as heard:
+        model = peft.get_peft_model(
+            with_fused_mlps(zoo.build("llama")), lora(target_modules=targets, task_type=None)
+        )
+        bare = logits(model, IDS)
+        effect["peft"] = float((logits(randomized(model), IDS) - bare).abs().max())
+    with watched() as ours:
+        settings = LoraConfig(r=3, lora_alpha=7, target_modules=tuple(targets))
+        attach(with_fused_mlps(zoo.build("llama")), settings)
+    return Case(
+        what="a model whose fused MLPs read the weights of their layers and call none",
+        seen=[
+            Seen(
+                who="peft",
+                verdict=heard.verdict(effect["peft"] > 0),
+                text=f"the adapter loads, and moves the logits by {effect['peft']:g}; "
+                f"{heard.words()}",
+            ),
+            Seen(who="decal", verdict=ours.verdict(False), text=ours.words()),
+        ],
+    )
 
 
 def _targets(

@@ -15,11 +15,12 @@ from torch import Tensor
 from decal.config import LoraConfig
 from decal.errors import AdapterError, TargetError
 from decal.model import inject, targets
+from decal.model.adapter import Adapter
 from decal.model.inject import adapted_layers, adapter_state, attach
 from decal.verbs import load as verb
 from decal.verbs.load import load, load_base
 from tests import zoo
-from tests.failures.situations import logits, off, read, tuned
+from tests.failures.situations import draw, logits, off, read, tuned, with_fused_mlps
 
 IDS = torch.arange(5, 30)[None]
 QV = ("q_proj", "v_proj")
@@ -124,3 +125,23 @@ def test_one_typo_among_several_targets_is_refused(monkeypatch: pytest.MonkeyPat
     model = zoo.build("llama")
     attach(model, settings)
     assert [name.rpartition(".")[2] for name in adapted_layers(model)] == ["q_proj", "q_proj"]
+
+
+def test_an_adapter_that_the_model_computes_past_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its wrappers stand in their places and nobody calls them: without the trial pass it loads,
+    and the logits are those of the bare base."""
+    targets = ("gate_proj", "up_proj", "down_proj")
+    healthy = zoo.build("llama")
+    bare = logits(healthy, IDS)
+    attach(healthy, LoraConfig(r=3, lora_alpha=7, lora_dropout=0, target_modules=targets))
+    draw(healthy)
+    wanted, adapter = logits(healthy, IDS), Adapter.from_model(healthy)
+    model = with_fused_mlps(zoo.build("llama"))
+    with pytest.raises(AdapterError, match="does not act on 6 of 6 modules"):
+        attach(model, adapter)
+    monkeypatch.setattr(inject, "probe", lambda *_, **__: ())
+    attach(model, adapter)
+    assert off(logits(model, IDS), wanted, bare) == pytest.approx(1, abs=1e-4)
+    assert off(bare, wanted, bare) == 1
