@@ -81,8 +81,9 @@ def test_rounding_the_delta_first_would_lose_more(
         return (weight.to(dtype) + product * parts.scale).to(dtype)
 
     monkeypatch.setattr(files, "add_delta", twice)
-    merge(None, tmp_path / "a", tmp_path / "twice")
-    assert lost(tmp_path / "once", meant) < lost(tmp_path / "twice", meant)
+    with pytest.raises(VerificationError, match="28 of 28"):
+        merge(None, tmp_path / "a", tmp_path / "twice")
+    assert lost(tmp_path / "once", meant) < lost(tmp_path / "twice.failed-verification", meant)
 
 
 def test_a_delta_of_which_nothing_is_left_is_an_error(

@@ -14,7 +14,7 @@ from decal.model.quantizer import unpacked
 from decal.model.state import adapted_layers, adapter_state, full_state, lora_of
 from decal.model.survey import base_modules
 from decal.quant.linear import QuantLinear
-from decal.weights.delta import Effect, FileDelta, add_delta, cast
+from decal.weights.delta import FileDelta, add_delta, cast
 
 
 def merge_in_place(model: Any, name: str = "default") -> None:
@@ -45,7 +45,7 @@ def _weights(model: Any, name: str) -> dict[str, Tensor]:
     for module, parts in adapter_state(model, name).items():
         weight = layers[module].base.weight().detach()
         delta = FileDelta(parts, module=module)
-        result = add_delta(module, weight.cpu(), delta, weight.dtype, Effect())
+        result = add_delta(module, weight.cpu(), delta, weight.dtype)
         merged[module] = result.to(weight.device)
     return merged
 

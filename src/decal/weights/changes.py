@@ -47,6 +47,8 @@ class Changes:
     """Keys of the base that are not written."""
     dequantized: Mapping[str, Dequantized] = field(default_factory=dict)
     """All quantized weights, those without a delta as well."""
+    compared: Mapping[str, Dequantized] = field(default_factory=dict)
+    """Weights of training that the deltas do not go onto here: only their distance is taken."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Key -> key of the tensor that it shares, as the architecture ties them."""
     config: Mapping[str, Any] = field(default_factory=dict)

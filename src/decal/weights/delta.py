@@ -1,14 +1,8 @@
-"""One weight plus one low-rank delta, rounded once, and what rounding left of the delta.
+"""One weight plus one low-rank delta, rounded once.
 
 W' = round(W + scale * B A), summed in float32 (float64 for a float64 W) and rounded to the output's
 dtype once. On 16-bit weights this is to the bit what peft's merge_and_unload computes with float32
 factors: its in-place addition also sums in float32 and rounds once.
-
-16 bits cannot hold every small delta. bf16 has 8 bits of precision, so a step below half of the
-last place of W vanishes. Two numbers tell what became of the delta D:
-
-    survival  <W' - W, D> / <D, D>     1 if it is all there, 0 if the merge did nothing
-    unmoved   share of the weights that D should move and that are as they were
 
 B A is computed whole, because cutting it into pieces may change its last bits; everything after it
 runs over slices of rows, so that beyond W and D little memory is needed.
@@ -18,7 +12,6 @@ Knows no files and no keys.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -27,7 +20,7 @@ from torch import Tensor
 from decal.adapters.base import LowRank
 from decal.errors import VerificationError
 
-__all__ = ["Effect", "FileDelta", "add_delta", "cast"]
+__all__ = ["FileDelta", "add_delta", "cast"]
 
 _SLICE = 1 << 22
 """Elements summed at once."""
@@ -49,34 +42,8 @@ class FileDelta(NamedTuple):
         return (inner, out) if self.transposed else (out, inner)
 
 
-@dataclass
-class Effect:
-    """What became of the deltas so far; sums over all weights of the targeted tensors."""
-
-    meant: float = 0.0
-    """<D, D>"""
-    kept: float = 0.0
-    """<W' - W, D>"""
-    should_move: int = 0
-    stayed: int = 0
-    lost: list[str] = field(default_factory=list)
-    """Tensors whose delta is not zero and of which nothing is left."""
-
-    @property
-    def survival(self) -> float | None:
-        """Share of the deltas that the output holds; None if all deltas are zero."""
-        return self.kept / self.meant if self.meant else None
-
-    @property
-    def unmoved(self) -> float | None:
-        """Share of the weights that should have moved and did not."""
-        return self.stayed / self.should_move if self.should_move else None
-
-
-def add_delta(
-    key: str, weight: Tensor, delta: FileDelta, dtype: torch.dtype, effect: Effect
-) -> Tensor:
-    """W' in `dtype` and in the file's orientation; what rounding did is added to `effect`.
+def add_delta(key: str, weight: Tensor, delta: FileDelta, dtype: torch.dtype) -> Tensor:
+    """W' in `dtype` and in the file's orientation.
 
     `weight` is any floating dtype, in the shape `delta.shape`.
 
@@ -91,23 +58,10 @@ def add_delta(
     update = update * factors.scale
     result = torch.empty(weight.shape, dtype=dtype)
     rows = max(1, _SLICE // max(1, weight.shape[1]))
-    meant = kept = 0.0
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
-        before, step = weight[part].to(wide), update[part].to(wide)
-        after = (before + step).to(dtype)
-        _fits(key, after)
-        result[part] = after
-        moved = after.to(wide) - before
-        meant += float((step * step).sum(dtype=torch.float64))
-        kept += float((moved * step).sum(dtype=torch.float64))
-        moving = step != 0
-        effect.should_move += int(moving.sum())
-        effect.stayed += int((moving & (moved == 0)).sum())
-    effect.meant += meant
-    effect.kept += kept
-    if meant > 0 and kept <= 0:
-        effect.lost.append(key)
+        result[part] = (weight[part].to(wide) + update[part]).to(dtype)
+        _fits(key, result[part])
     return result
 
 

@@ -21,8 +21,10 @@ differently; then both are written and the config says so. Keeping them tied wou
 delta into the embedding.
 
 Each shard is read again after it was written: its header must be the planned one and each tensor's
-hash that of the bytes that were meant (for an untouched tensor: of the base's bytes). The folder is
-put in place last, so a killed merge leaves no output.
+hash that of the bytes that were meant (for an untouched tensor: of the base's bytes). Then every
+tensor that gained a delta or was replaced is read once more and held against what it should be,
+made again from the base and the factors (verify.py). The folder is put in place last, so a killed
+merge leaves no output; one that fails the second check is kept under another name, to look at.
 
 Knows no model and no quantization format: keys, shapes and functions are given.
 """
@@ -30,6 +32,8 @@ Knows no model and no quantization format: keys, shapes and functions are given.
 from __future__ import annotations
 
 import copy
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,11 +56,13 @@ from decal.store.tensorfile import (
     TensorSpec,
     load_tensor,
     raw_chunks,
+    read_header,
     tensor_bytes,
     write_verified,
 )
 from decal.weights.changes import FLOATS, Changes, check_changes
-from decal.weights.delta import Effect, add_delta, cast
+from decal.weights.delta import add_delta, cast
+from decal.weights.verify import Finding, Verification, check_delta
 
 __all__ = ["MergeDtype", "MergeReport", "merge_files"]
 
@@ -92,6 +98,8 @@ class MergeReport:
     """Keys that were tied to another tensor and are now written for themselves."""
     fingerprint: str
     """The merged model's own fingerprint."""
+    verification: Verification
+    """What was found when the touched tensors were read again."""
 
 
 @dataclass
@@ -106,7 +114,8 @@ class _Job:
     """File name -> its tensors."""
     untied: tuple[str, ...]
     observe: Callable[[int, int], None] | None
-    effect: Effect = field(default_factory=Effect)
+    used: Counter[str] = field(default_factory=Counter)
+    """File key -> how often its delta was added."""
     done: int = 0
     specs: dict[str, TensorSpec] = field(init=False)
     nbytes: int = field(init=False)
@@ -116,10 +125,11 @@ class _Job:
         self.nbytes = sum(spec.nbytes for spec in self.specs.values())
 
     def advance(self, count: int) -> None:
-        """Half of the way is writing, half is reading again."""
+        """All is written and read again, and what has a delta is held against it."""
         self.done += count
         if self.observe is not None:
-            self.observe(self.done, 2 * self.nbytes)
+            checked = sum(self.specs[key].nbytes for key in self.changes.deltas)
+            self.observe(self.done, 2 * self.nbytes + checked)
 
 
 def merge_files(
@@ -160,9 +170,13 @@ def merge_files(
         hashes: dict[str, str] = {}
         for name, specs in job.shards.items():
             hashes.update(_write_shard(job, folder / name, specs))
-        _survived(job)
         _write_rest(job, folder)
-    return _report(job, target, hashes)
+        try:
+            verification = _verified(job, folder)
+        except VerificationError as error:
+            raise _kept_aside(error, folder, target) from error
+        _survived(verification)
+    return _report(job, target, hashes, verification)
 
 
 def _plain_base(base: BaseFiles) -> None:
@@ -261,30 +275,103 @@ def _chunks(job: _Job, key: str, spec: TensorSpec) -> Iterator[bytes | memoryvie
 
 def _made(job: _Job, key: str, spec: TensorSpec) -> Tensor | None:
     """The tensor to write; None where the base's stored bytes are it."""
-    changes, entry = job.changes, job.sources.get(key)
-    own = changes.replaced.get(key, changes.added.get(key))
-    delta, weight = changes.deltas.get(key), changes.dequantized.get(key)
-    if entry is not None and own is delta is weight is None and entry.spec.dtype == spec.dtype:
+    c, entry = job.changes, job.sources.get(key)
+    delta, dtype = c.deltas.get(key), TORCH_DTYPES[spec.dtype]
+    touched = any(key in part for part in (c.deltas, c.replaced, c.added, c.dequantized))
+    if not touched and entry is not None and entry.spec.dtype == spec.dtype:
         return None
-    trained = own
-    if entry is not None and (weight is not None or own is None):
-        trained = load_tensor(entry)
-        if weight is not None:
-            # Also of a weight that is replaced: the whole base is checked by what was packed.
-            trained = weight.convert(trained)
-    result = trained if own is None else own
-    assert result is not None
-    dtype = TORCH_DTYPES[spec.dtype]
-    if delta is not None:
-        return add_delta(key, result, delta, dtype, job.effect)
-    return cast(key, result, dtype)
+    before = _before(job, key)
+    if delta is None:
+        return cast(key, before, dtype)
+    job.used[key] += 1
+    return add_delta(key, before, delta, dtype)
 
 
-def _survived(job: _Job) -> None:
-    lost = job.effect.lost
+def _before(job: _Job, key: str) -> Tensor:
+    """The weight without its delta: the adapter's own where it holds one, else as in training."""
+    changes = job.changes
+    own = changes.replaced.get(key, changes.added.get(key))
+    weight = changes.dequantized.get(key)
+    if own is not None and weight is None:
+        return own
+    trained = load_tensor(job.sources[key])
+    if weight is not None:
+        # Also of a weight that is replaced: the whole base is checked by what was packed.
+        trained = weight.convert(trained)
+    return trained if own is None else own
+
+
+def _verified(job: _Job, folder: Path) -> Verification:
+    """Reads what was touched once more; raises VerificationError if it is not what it should be."""
+    unused = [key for key in job.changes.deltas if job.used[key] != 1]
+    if unused:
+        raise VerificationError(
+            f"{len(unused)} of {len(job.changes.deltas)} A/B pairs were not used exactly once",
+            details=[f"{unused[0]}: used {job.used[unused[0]]} times"],
+        )
+    shards = {name: read_header(folder / name, VerificationError) for name in job.shards}
+    entries = {key: entry for shard in shards.values() for key, entry in shard.entries.items()}
+    # A key that stays tied to another has no tensor of its own.
+    whole = (job.changes.replaced.keys() | job.changes.added.keys()) & entries.keys()
+    alone = sorted(whole - job.changes.deltas.keys())
+    wrong = [key for key in alone if not _same(job, entries[key])]
+    findings = tuple(_checked(job, key, entries[key]) for key in job.changes.deltas)
+    problems = [f"{key}: is not the adapter's own tensor" for key in wrong]
+    problems += [found.problem() for found in findings if not found.right]
+    if problems:
+        more = f"  (and {len(problems) - 1} more)" if problems[1:] else ""
+        raise VerificationError(
+            f"{len(problems)} of {len(findings) + len(alone)} merged tensors, read again, are not"
+            " base + adapter",
+            details=[problems[0] + more],
+        )
+    same = len(entries) - len(findings) - len(wrong)
+    return Verification(findings=findings, pairs=len(findings), same=same)
+
+
+def _checked(job: _Job, key: str, entry: TensorEntry) -> Finding:
+    changes = job.changes
+    before, stored = _before(job, key), None
+    source, weight = job.sources[key], changes.dequantized.get(key)
+    if key in changes.compared:
+        stored = changes.compared[key].convert(load_tensor(source))
+    elif weight is not None and weight.spec is None and key not in changes.replaced:
+        stored = load_tensor(source)
+    found = check_delta(key, before, load_tensor(entry), changes.deltas[key], stored)
+    job.advance(entry.spec.nbytes)
+    return found
+
+
+def _same(job: _Job, entry: TensorEntry) -> bool:
+    """Whether a tensor that the adapter holds whole is what was read again."""
+    changes, found = job.changes, load_tensor(entry)
+    own = changes.replaced.get(entry.key, changes.added.get(entry.key))
+    assert own is not None
+    return torch.equal(found, own.to(found.dtype))
+
+
+def _kept_aside(error: VerificationError, folder: Path, target: Path) -> VerificationError:
+    """Moves the wrong output out of the way, to a name that says what it is."""
+    place = Path(os.path.realpath(target))
+    aside = place.with_name(f"{place.name}.failed-verification")
+    tries = 1
+    while aside.exists():
+        tries += 1
+        aside = place.with_name(f"{place.name}.failed-verification-{tries}")
+    os.rename(folder, aside)
+    return VerificationError(
+        error.message,
+        details=[*error.details, f"what was written is kept in `{aside}`; `{target}` was not made"],
+        hint=error.hint or "this is a bug in decal or a faulty disk; please report it",
+    )
+
+
+def _survived(verification: Verification) -> None:
+    lost = [found.key for found in verification.findings if found.lost]
     if lost:
         raise VerificationError(
-            f"rounding removed the whole delta of {len(lost)} of {len(job.changes.deltas)} tensors",
+            f"rounding removed the whole delta of {len(lost)} of {len(verification.findings)}"
+            " tensors",
             details=lost[:1],
             hint="write it with --dtype fp32, or keep the adapter apart",
         )
@@ -334,7 +421,9 @@ def _main_kind(specs: Mapping[str, TensorSpec]) -> str:
     return max(size, key=lambda name: size[name])
 
 
-def _report(job: _Job, out: Path, hashes: Mapping[str, str]) -> MergeReport:
+def _report(
+    job: _Job, out: Path, hashes: Mapping[str, str], verification: Verification
+) -> MergeReport:
     specs = job.specs
     changes = job.changes
     plain = [k for k in changes.dequantized if k in specs and k not in changes.touched]
@@ -347,8 +436,9 @@ def _report(job: _Job, out: Path, hashes: Mapping[str, str]) -> MergeReport:
         untouched=len(specs) - len(changes.deltas) - len(whole) - len(plain),
         nbytes=job.nbytes,
         dtype=_main_dtype(specs),
-        survival=job.effect.survival,
-        unmoved=job.effect.unmoved,
+        survival=verification.survival,
+        unmoved=verification.unmoved,
         untied=job.untied,
         fingerprint=combine(specs, hashes),
+        verification=verification,
     )
