@@ -66,7 +66,8 @@ class AdapterLike(Protocol):
 
 
 def check_fit(model: nn.Module, adapter: AdapterLike, slots: Slots) -> None:
-    """Tensors and slots must pair off, and copies of base weights be the base's.
+    """Tensors and slots must pair off, copies of base weights be the base's, and a head that the
+    base's files lack be in the adapter.
 
     Raises:
         AdapterError: they do not; the whole misfit.
@@ -88,6 +89,9 @@ def check_fit(model: nn.Module, adapter: AdapterLike, slots: Slots) -> None:
         if n in adapter.full and tuple(adapter.full[n].shape) != shape
     ]
     other = _other_base(model, adapter.base_copies)
+    new: tuple[str, ...] = getattr(getattr(model, "decal_base", None), "new", ())
+    nowhere = [f"{n}: neither the base's files nor the adapter hold it"
+               for n in new if n not in adapter.full and n not in shapes]  # fmt: skip
     kinds = (
         (misshapen, f"{len(misshapen)} of {len(has)} tensors have the wrong shape"),
         (unknown, f"{len(unknown)} of {len(has)} modules are not in the base"),
@@ -95,6 +99,7 @@ def check_fit(model: nn.Module, adapter: AdapterLike, slots: Slots) -> None:
         (wrong, f"{len(wrong)} of {len(shapes)} whole parameters have the wrong shape"),
         (extra, f"{len(extra)} of {len(adapter.full)} whole parameters are not asked for"),
         (lacking, f"{len(lacking)} of {len(shapes)} whole parameters are missing"),
+        (nowhere, f"{len(nowhere)} of {len(new)} parameters of the classifier's head are missing"),
         (other, f"{len(other)} of {len(adapter.base_copies)} base weights stored with it differ"),
     )
     if any(lines for lines, _ in kinds):
