@@ -118,12 +118,7 @@ def train(
         _write_info(session, run, config.output)
         with session.training(), _reporting(config, run, observe) as report:
             result = run_loop(_job(session, run, report, resume))
-        session.model.eval()
-        weights = _save(session, run)
-        write_bytes(run.path / "loss.png", loss_png(run.metrics(), run.path.name))
-        session.eval_batches = fitting(session.eval_batches, result.micro_batch_tokens)
-        scores = session.scores()
-        run.write_info({**run.info(), "result": {**_result_info(result), **scores}})
+        weights, scores = _finish(session, run, result)
     trainable, total = trainable_parameters(session.model)
     return RunResult(
         run=run.path,
@@ -134,6 +129,17 @@ def train(
         total_params=total,
         session=session,
     )
+
+
+def _finish(session: Session, run: RunFolder, result: Result) -> tuple[Path, dict[str, float]]:
+    """Leaves weights, curve and result in the run folder; where the weights are, and scores."""
+    session.model.eval()
+    weights = _save(session, run)
+    write_bytes(run.path / "loss.png", loss_png(run.metrics(), run.path.name))
+    session.eval_batches = fitting(session.eval_batches, result.micro_batch_tokens)
+    scores = session.scores()
+    run.write_info({**run.info(), "result": {**_result_info(result), **scores}})
+    return weights, scores
 
 
 def _prepare(config: RunConfig, check: bool, observe: Callable[[Event], None], say: Say) -> Session:
