@@ -93,7 +93,7 @@ def test_tags_name_no_python_types() -> None:
     ("content", "message"),
     [
         (None, "does not exist\nhint: `decal init` writes one"),
-        (b"a" * (MAX_BYTES + 1), "is larger than 1,000,000 bytes"),
+        (b"a" * (MAX_BYTES + 1), f"is larger than {MAX_BYTES:,} bytes"),
         (b"base: \xff\n", "is not UTF-8 text: byte 6 is not"),
     ],
 )

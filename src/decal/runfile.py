@@ -31,14 +31,20 @@ from decal.problems import Key, collected, describe, dotted, problems
 
 __all__ = ["dump_run", "load_run", "parse_run"]
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 100_000
+"""Of a file; one with every key and its comment has about eight thousand."""
 MAX_NODES = 10_000
 """More values than a settings file can mean; aliases of aliases would multiply without end."""
 MAX_DEPTH = 20
+MAX_OPEN = 100
+"""Brackets that are open at once, before anything is known of them."""
 WIDTH = 96
 
 _TAGS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "bool", "null")}
 _TEXT_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "timestamp", "merge", "value")}
+_BRACKETS = re.compile(r"[\[\]{}]")
+_DASHES = re.compile(rf"(?:[-?:] ){{{MAX_OPEN}}}")
+"""Lists or keys that begin inside each other on one line."""
 _PLAIN_TEXT = re.compile(r"[A-Za-z_/~][\w./~+-]*", re.ASCII)
 
 
@@ -139,6 +145,8 @@ class _Tree:
         where = label or self.name
         if label:
             self.mark(at, label)
+        if _too_deep(text):
+            raise ConfigError(f"{where} is not YAML: it is nested too deeply")
         try:
             node = YAML(typ="safe", pure=True).compose(text)
             return None if node is None else self._plain(node, at, label)
@@ -193,6 +201,19 @@ class _Tree:
     def _where(self, node: Node, label: str | None) -> _Place:
         line = node.start_mark.line + 1
         return _Place(label, math.inf) if label else _Place(f"{self.name}:{line}", line)
+
+
+def _too_deep(text: str) -> bool:
+    """Whether the parser need not try: its time grows with the square of the open brackets.
+
+    Brackets in quotes and comments count too; nobody leaves that many open there.
+    """
+    depth = 0
+    for found in _BRACKETS.finditer(text):
+        depth = max(depth + (1 if found[0] in "[{" else -1), 0)
+        if depth > MAX_OPEN:
+            return True
+    return _DASHES.search(text) is not None
 
 
 def _not_yaml(where: str, error: MarkedYAMLError, *, with_line: bool) -> ConfigError:

@@ -309,7 +309,7 @@ def _open(folder: Path) -> _Opened:
     else:
         try:
             tying = bool(raw.get("ensure_weight_tying"))
-            task = raw.get("task_type")
+            task = raw["task_type"] if isinstance(raw.get("task_type"), str) else None
             config = fitted(contents, config, stored.specs, task_type=task, tying=tying)
         except re.error as error:
             settings.append(f"a name pattern of the settings is no regular expression: {error}")

@@ -95,6 +95,8 @@ _FACTS = {
     "inference_mode", "peft_type", "peft_version", "revision", "task_type",
 }  # fmt: skip
 """Keys that are understood and have a place of their own, or none that matters."""
+_KINDS = {"auto_mapping": dict, "base_model_name_or_path": str, "revision": str, "task_type": str}
+"""Of those facts that are not just true or false."""
 _ONLY_FOR_MAKING = {
     "eva_config", "loftq_config", "megatron_core", "qalora_group_size", "runtime_config",
 }  # fmt: skip
@@ -135,6 +137,11 @@ def config_problems(raw: Mapping[str, Any]) -> list[str]:
             continue
         meaning = _MEANING.get(key, "" if key in DEFAULTS else "a setting decal does not know")
         problems.append(f"{key}: {_short(value)}" + (f" ({meaning})" if meaning else ""))
+    problems += [
+        f"{key}: {_short(raw[key])} (not {'text' if kind is str else 'a table'})"
+        for key, kind in _KINDS.items()
+        if raw.get(key) is not None and not isinstance(raw[key], kind)
+    ]
     if not any(raw.get("init_lora_weights", True) is x for x in (True, False)) and (
         raw["init_lora_weights"] not in _PLAIN_INITS
     ):

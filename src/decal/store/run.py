@@ -34,6 +34,7 @@ from torch import Tensor
 
 from decal.errors import DecalError, OutputError, StorageError
 from decal.store.files import (
+    JSON_LIMIT,
     atomic_folder,
     check_free,
     file_lock,
@@ -46,7 +47,7 @@ from decal.store.files import (
     writing,
 )
 from decal.store.tensorfile import load_tensors, read_header, save_tensors
-from decal.untrusted import parse_json
+from decal.untrusted import parse_json, read_bounded
 
 __all__ = ["Checkpoint", "RunFolder"]
 
@@ -166,8 +167,13 @@ class RunFolder:
     @property
     def settings(self) -> str:
         """The text of run.yaml."""
-        with writing(self.path):
-            return (self.path / "run.yaml").read_text(encoding="utf-8")
+        path = self.path / "run.yaml"
+        try:
+            return read_bounded(path, JSON_LIMIT).decode("utf-8")
+        except OSError as error:
+            raise OutputError(f"`{path}` cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise OutputError(f"`{path}` is damaged: {error}") from error
 
     def write_info(self, info: Mapping[str, Any]) -> None:
         """Replaces info.json."""
@@ -386,6 +392,7 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
     manifest: Any = document.get("sha256")
     state: Any = document.get("state")
     complete = isinstance(manifest, dict) and isinstance(state, dict)
+    complete = complete and type(document.get("step")) is int
     if not complete or _state_hash(state) != document.get("state_sha256"):
         raise StorageError(f"`{folder / 'state.json'}` is not what was written")
     for name, digest in manifest.items():
@@ -396,4 +403,4 @@ def _read_checkpoint(folder: Path) -> Checkpoint:
             raise StorageError(f"`{file}` cannot be read: {error.strerror}") from error
         if found != digest:
             raise StorageError(f"`{file}` is not what was written")
-    return Checkpoint(int(document["step"]), folder, state)
+    return Checkpoint(document["step"], folder, state)

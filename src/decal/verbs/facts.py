@@ -6,7 +6,6 @@ Of places on this disk only the last name is taken.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,10 @@ def model_facts(target: Target) -> CardFacts:
     """Facts of a model folder, or of the run that trained it whole; `repo` is still empty."""
     run = _run_facts(target)
     config = open_base(target.path).config
-    named = config.get("id2label") or {}
-    classifies = any("Classification" in name for name in config.get("architectures") or [])
-    labels = tuple(str(label) for label in named.values()) if classifies else ()
+    named, kinds = config.get("id2label"), config.get("architectures")
+    classifies = isinstance(kinds, list) and any("Classification" in str(name) for name in kinds)
+    known = named.values() if classifies and isinstance(named, dict) else ()
+    labels = tuple(str(label) for label in known)
     return CardFacts(repo="", kind="model", labels=labels, **run)
 
 
@@ -50,7 +50,7 @@ def adapter_facts(target: Target, adapter: Adapter) -> CardFacts:
     written_by = adapter.metadata.get("decal.version")
     if written_by and "versions" not in run:
         run["versions"] = {"decal": written_by}
-    labels = json.loads(adapter.metadata.get(LABELS, "[]"))
+    labels = metadata_json(adapter, LABELS) or ()
     quantized = _quantized(metadata_json(adapter, QUANTIZER))
     return CardFacts(repo="", kind="adapter", labels=labels, quantized=quantized, **run)
 

@@ -193,7 +193,7 @@ def _model(path: str, revision: str | None = None) -> dict[str, Any]:
     found = {
         "kind": "model",
         "path": path,
-        "architecture": (config.get("architectures") or ["unknown"])[0],
+        "architecture": _architecture(config) or "unknown",
         "model_type": config.get("model_type"),
         "layers": text.get("num_hidden_layers", text.get("n_layer")),
         "hidden_size": text.get("hidden_size", text.get("n_embd")),
@@ -210,10 +210,14 @@ def _model(path: str, revision: str | None = None) -> dict[str, Any]:
 
 
 def _labels(folder: Path, config: Mapping[str, Any]) -> list[str] | None:
-    architectures = config.get("architectures") or [""]
-    if not str(architectures[0]).endswith("ForSequenceClassification"):
+    if not _architecture(config).endswith("ForSequenceClassification"):
         return None
     return list(stored_labels(load_config(str(folder))) or ())
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
 
 
 def _has_template(folder: Path) -> bool:

@@ -20,6 +20,8 @@ QUANTIZER = "decal.quantizer"
 BASE = "decal.base"
 LABELS = "decal.labels"
 CHAT_TEMPLATE = "decal.chat_template"
+_TEXTS = ("path", "revision", "commit", "dtype", "fingerprint", "format", "identity")
+"""Entries of BASE and QUANTIZER that are text or null."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,13 @@ def base_of(adapter: Adapter, given: str | None = None) -> tuple[str, str | None
 
 
 def metadata_json(adapter: Adapter, key: str) -> Any:
-    """One of decal's own metadata entries, a JSON mapping or list; None where there is none."""
+    """One of decal's own metadata entries; None where there is none.
+
+    LABELS is a list of texts, BASE and QUANTIZER are mappings with texts where texts are meant.
+
+    Raises:
+        AdapterError: it is something else.
+    """
     text = adapter.metadata.get(key)
     if text is None:
         return None
@@ -131,4 +139,16 @@ def metadata_json(adapter: Adapter, key: str) -> Any:
         value = parse_json(text)
     except ValueError as error:
         raise AdapterError(f"metadata `{key}` of the adapter is not JSON: {error}") from None
-    return value if isinstance(value, dict | list) else None
+    if value is not None and not _meant(key, value):
+        raise AdapterError(
+            f"metadata `{key}` of the adapter is not what decal writes: {value!r:.200}"
+        )
+    return value
+
+
+def _meant(key: str, value: object) -> bool:
+    if key == LABELS:
+        return isinstance(value, list) and all(isinstance(label, str) for label in value)
+    if not isinstance(value, dict):
+        return False
+    return all(isinstance(value.get(field), str | None) for field in _TEXTS)
