@@ -239,7 +239,7 @@ def _apply(tree: _Tree, values: dict[str, Any], override: str) -> None:
     """
     name, equals, text = override.partition("=")
     key = tuple(part.strip() for part in name.split("."))
-    label = f"--set {override}"
+    label = f"--set {override:.200}"
     if not equals or not all(key):
         raise ConfigError(f"{label}: expected key=value", hint="for example --set train.lr=1e-4")
     section = values

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MAX_DEPTH", "parse_json", "read_bounded"]
+__all__ = ["MAX_DEPTH", "may_be_path", "parse_json", "read_bounded"]
 
 MAX_DEPTH = 64
 """Lists and objects inside each other; a JSON schema of a tool takes about twenty."""
@@ -43,6 +43,20 @@ def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
     if len(raw) > limit:
         raise ValueError(f"it is larger than {limit:,} bytes")
     return raw
+
+
+def may_be_path(text: str) -> bool:
+    """Whether a system can be asked for a file or folder of this name without an error of its own.
+
+    Not a path are control characters, text that is too long, and `~`: whose home would it be.
+    """
+    parts = text.encode("utf-8", "surrogatepass").split(b"/")
+    return (
+        0 < len(text) <= 1000
+        and max(map(len, parts)) <= 255
+        and not text.startswith("~")
+        and not any(ord(char) < 32 or 0x7F <= ord(char) < 0xA0 for char in text)
+    )
 
 
 def parse_json(text: bytes | str, *, unique: bool = False, nan: bool = False) -> Any:

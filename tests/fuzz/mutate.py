@@ -14,16 +14,18 @@ from typing import Any
 EVIL_BYTES = (
     b"", b"\0", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b"\r", b"\t", b'"', b"'", b"\\", b"{",
     b"}", b"[", b"]", b"[" * 70, b"[" * 5000, b'{"a":' * 2000, b":", b",", b"&a [*a]", b"*a",
-    b"!!x ",     b"!!python/object:os.system ", b"<<: ", b"---\n", b"null", b"true", b"NaN", b"-Infinity",
-    b"1e999", b"-0", b"-1", b"0", b"9223372036854775808", b"9" * 4400, b"1.5", b'"\\ud800"', b"\xed\xa0\x80",
+    b"!!x ", b"!!python/object:os.system ", b"<<: ", b"---\n", b"null", b"true", b"NaN",
+    b"-Infinity", b"1e999", b"-0", b"-1", b"0", b"9223372036854775808", b"9" * 4400, b"1.5",
+    b'"\\ud800"', b"\xed\xa0\x80",
     b"../../etc/passwd", b"/etc/passwd", b"a" * 3000, b"\xf0\x9f\x98\x80", b"\x1b[2J", b"%s%n",
     b"(a+)+$", b"${HOME}", b"{{x}}", b"~", b"\0" * 300, b"\xff\xff\xff\xff\xff\xff\xff\x7f",
 )  # fmt: skip
 EVIL_VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 1.5, -0.0, 1e308, 2**31, 2**63, -(2**63), 10**30, float("nan"),
     float("inf"), "", " ", "a", "\0", "\ud800", "../x", "/etc/passwd", "a" * 3000, "(", "(a+)+$",
-    "[",     ".*" * 20 + "x", "\x1b[2J", "default", "none", "all-linear", "float32", "load", "__class__",
-    [], [[]],     [None], [""], [0], ["a", 1], {}, {"": None}, {"a": {}}, {"a": [1, "b"]}, [[[[[[]]]]]],
+    "[", ".*" * 20 + "x", "\x1b[2J", "default", "none", "all-linear", "float32", "load",
+    "__class__", [], [[]], [None], [""], [0], ["a", 1], {}, {"": None}, {"a": {}},
+    {"a": [1, "b"]}, [[[[[[]]]]]],
     [0] * 300, {str(i): i for i in range(300)},
 )  # fmt: skip
 

@@ -1,8 +1,8 @@
 """What reads files from strangers, and for each a way to make one bad input after the other.
 
-A `Reader` makes an input in an empty folder and reads it. Reading may succeed or raise a DecalError;
-anything else is a bug. Where it succeeds, what was read is used a little: a value that no later step
-can take should have been refused.
+A `Reader` makes an input in an empty folder and reads it. Reading may succeed or raise a
+DecalError; anything else is a bug. Where it succeeds, what was read is used a little: a value that
+no later step can take should have been refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from decal.config import DataConfig, LoraConfig, RunConfig
+from decal.config import DataConfig, LoraConfig
 from decal.data.source import read_rows
 from decal.errors import BaseModelError, DecalError
 from decal.model.adapter import Adapter
@@ -230,7 +230,10 @@ def pickled(folder: Path, random: Random) -> None:
 
 
 _METADATA: dict[str, Any] = {
-    BASE: {"path": "org/name", "revision": None, "commit": "ab", "dtype": "float32", "fingerprint": "a"},
+    BASE: {
+        "path": "org/name", "revision": None, "commit": "ab", "dtype": "float32",
+        "fingerprint": "a",
+    },
     QUANTIZER: {
         "format": "nf4", "block_size": 64, "double": True, "skip_modules": ["lm_head"],
         "dtype": "bfloat16", "identity": "ab",
@@ -292,7 +295,8 @@ def overrides(folder: Path, random: Random) -> None:
 _CALL = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 _ROWS: tuple[dict[str, Any], ...] = (
     {"messages": [
-        {"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "u"}]},
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": [{"type": "text", "text": "u"}]},
         {"role": "assistant", "content": None, "tool_calls": [_CALL]},
         {"role": "tool", "content": "1", "tool_call_id": "x", "name": "f"},
         {"role": "assistant", "content": "done", "weight": 1},
@@ -302,7 +306,10 @@ _ROWS: tuple[dict[str, Any], ...] = (
         {"from": "observation", "value": "1"}, {"from": "gpt", "value": "b"},
     ], "system": "s", "tools": "[]"},
     {"prompt": "p", "completion": "c"},
-    {"prompt": [{"role": "user", "content": "p"}], "completion": [{"role": "assistant", "content": "c"}]},
+    {
+        "prompt": [{"role": "user", "content": "p"}],
+        "completion": [{"role": "assistant", "content": "c"}],
+    },
     {"instruction": "i", "input": "x", "output": "o"},
     {"text": "t", "label": 1}, {"text": "t", "n": 2.5},
 )  # fmt: skip
@@ -450,11 +457,10 @@ def packed(folder: Path, random: Random) -> None:
 @cache
 def _run() -> dict[str, bytes]:
     torch.manual_seed(5)
-    config = RunConfig(base="a", data="b", output="c")
     row = b'{"step": %d, "loss": 1.5, "eval_loss": null, "lr": 0.1}\n'
     info = {"decal": "1", "steps": 3, "rows": 4, "threads": 1, "result": {"loss": 1.0}}
     return {
-        "run.yaml": dump_run(config).encode()[:600],
+        "run.yaml": _settings()[0],
         "info.json": json.dumps(info).encode(),
         "metrics.jsonl": b"".join(row % step for step in (1, 2, 3)),
         "trainable.safetensors": _file_bytes({"a": torch.randn(2, 2)}, {"format": "pt"}),

@@ -28,6 +28,7 @@ from decal.store.tensorfile import (
     load_tensor,
     read_header,
 )
+from decal.untrusted import may_be_path
 
 __all__ = [
     "INDEX_NAME",
@@ -138,7 +139,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise BaseModelError(f"`{path}` has no weight_map", hint=_AGAIN)
     for key, name in listed.items():
         inside = isinstance(name, str) and name == Path(name).name and "\\" not in name
-        if not inside or not name.endswith(".safetensors") or "\0" in name:
+        if not inside or not name.endswith(".safetensors") or not may_be_path(name):
             raise BaseModelError(
                 f"`{path}` puts tensor `{key}` into {name!r:.200}, which is no file of this folder"
             )

@@ -40,7 +40,7 @@ from decal.store.files import write_bytes
 from decal.store.leftovers import is_leftover
 from decal.store.tensorfile import TensorFile, TensorSpec, hash_entry
 
-__all__ = ["cache_folder", "combine", "fingerprint", "tensor_hashes"]
+__all__ = ["cache_folder", "combine", "file_marks", "fingerprint", "tensor_hashes"]
 
 _THREADS = 2
 """hashlib and file reads release the interpreter lock; more threads wait for the disk."""
@@ -56,6 +56,14 @@ def fingerprint(base: BaseFiles, observe: Callable[[int, int], None] | None = No
     """The base's fingerprint, 64 hex digits; arguments and errors are those of `tensor_hashes`."""
     specs = {key: entry.spec for key, entry in base.tensors.items()}
     return combine(specs, tensor_hashes(base, observe))
+
+
+def file_marks(base: BaseFiles) -> tuple[str, ...]:
+    """What the system says of each weight file, as hashes: changed where a file was written.
+
+    Raises OSError where one is gone.
+    """
+    return tuple(_cache_entry(shard.path).stem for shard in base.shards)
 
 
 def tensor_hashes(

@@ -38,7 +38,7 @@ from decal.store.files import (
     scratch_folder,
     write_json,
 )
-from decal.store.peft_config import config_fields, config_problems, rest, to_json
+from decal.store.peft_config import config_fields, config_problems, pattern_problems, rest, to_json
 from decal.store.peft_keys import (
     FOREIGN,
     PREFIX,
@@ -310,7 +310,10 @@ def _open(folder: Path) -> _Opened:
         try:
             tying = bool(raw.get("ensure_weight_tying"))
             task = raw["task_type"] if isinstance(raw.get("task_type"), str) else None
-            config = fitted(contents, config, stored.specs, task_type=task, tying=tying)
+            costly = pattern_problems(config, contents.pairs)
+            settings += costly
+            if not costly:
+                config = fitted(contents, config, stored.specs, task_type=task, tying=tying)
         except re.error as error:
             settings.append(f"a name pattern of the settings is no regular expression: {error}")
     if not stored.specs:

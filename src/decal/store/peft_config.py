@@ -23,6 +23,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from decal.config import LoraConfig
+from decal.store.patterns import why_costly
+from decal.untrusted import may_be_path
 
 __all__ = [
     "DEFAULTS",
@@ -31,6 +33,7 @@ __all__ = [
     "config_problems",
     "dotted",
     "misnamed",
+    "pattern_problems",
     "rest",
     "saved_by",
     "to_json",
@@ -142,6 +145,9 @@ def config_problems(raw: Mapping[str, Any]) -> list[str]:
         for key, kind in _KINDS.items()
         if raw.get(key) is not None and not isinstance(raw[key], kind)
     ]
+    base = raw.get("base_model_name_or_path")
+    if isinstance(base, str) and base and not may_be_path(base):
+        problems.append(f"base_model_name_or_path: {_short(base)} (neither a hub id nor a path)")
     if not any(raw.get("init_lora_weights", True) is x for x in (True, False)) and (
         raw["init_lora_weights"] not in _PLAIN_INITS
     ):
@@ -184,6 +190,33 @@ def config_fields(raw: Mapping[str, Any], modules: Iterable[str]) -> LoraConfig 
     except ValidationError as error:
         problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors()]
     return problems
+
+
+def pattern_problems(config: LoraConfig, modules: Iterable[str]) -> list[str]:
+    """One line for each setting with a pattern that could take forever on these modules.
+
+    Raises re.error for a broken expression.
+    """
+    names = tuple(modules)
+    targets, excluded = config.target_modules, config.exclude_modules
+    layers = config.layers_pattern
+    given = {
+        "target_modules": [targets] if isinstance(targets, str) else [],
+        "exclude_modules": [excluded] if isinstance(excluded, str) else [],
+        "layers_pattern": [layers] if isinstance(layers, str) else layers or (),
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "modules_to_save": config.modules_to_save,
+    }
+    found = []
+    for key, patterns in given.items():
+        for pattern in patterns:
+            # Only targets and exclusions are matched as they are, the others behind a beginning.
+            whole = key in ("target_modules", "exclude_modules")
+            reason = why_costly(pattern if whole else rf"(.*\.)?({pattern})", names)
+            if reason:
+                found.append(f"{key}: {_short(pattern)} ({reason})")
+    return found
 
 
 def rest(raw: Mapping[str, Any]) -> dict[str, Any]:

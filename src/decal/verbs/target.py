@@ -14,7 +14,7 @@ from decal.errors import AdapterError, DecalError, OutputError
 from decal.model.adapter import Adapter
 from decal.model.hub import adapter_folder, may_be_on_hub, near_path, split_revision
 from decal.runfile import load_run
-from decal.untrusted import parse_json
+from decal.untrusted import may_be_path, parse_json
 
 QUANTIZER = "decal.quantizer"
 BASE = "decal.base"
@@ -151,4 +151,6 @@ def _meant(key: str, value: object) -> bool:
         return isinstance(value, list) and all(isinstance(label, str) for label in value)
     if not isinstance(value, dict):
         return False
-    return all(isinstance(value.get(field), str | None) for field in _TEXTS)
+    path = value.get("path")
+    texts = all(isinstance(value.get(field), str | None) for field in _TEXTS)
+    return texts and (path is None or may_be_path(path))
