@@ -89,7 +89,13 @@ def test_merge(verb: Any, paths: list[str], base: str | None) -> None:
     assert main(["merge", *paths, "-o", "m", "--dtype", "fp32", "--onto", "original"]) == 0
     assert called.args == (base, "a", Path("m"))
     assert called.kwargs.pop("observe")
-    wanted = {"dtype": "fp32", "onto": "original", "force": False, "trust_remote_code": False}
+    wanted = {
+        "dtype": "fp32",
+        "onto": "original",
+        "force": False,
+        "trust_remote_code": False,
+        "allow_other_base": False,
+    }
     assert called.kwargs == wanted
 
 
@@ -146,6 +152,7 @@ def test_generate(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:
         "system": "Be brief.",
         "chat": False,
         "trust_remote_code": True,
+        "allow_other_base": False,
         "max_new_tokens": 9,
         "temperature": 0.7,
         "top_p": 0.9,
@@ -247,6 +254,7 @@ def test_compare(verb: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "limit": 4,
         "max_new_tokens": 64,
         "trust_remote_code": True,
+        "allow_other_base": False,
     }
     assert capsys.readouterr().out.splitlines() == [
         "prompt: hi",

@@ -65,7 +65,7 @@ def changed(how: Callable[[Any, Tensor], Tensor], dtype: torch.dtype = torch.flo
 @pytest.mark.parametrize("name", zoo.ZOO)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_real_architectures_pass_without_a_word(name: str, dtype: torch.dtype) -> None:
-    """Fails when the tolerance forgets a dtype's rounding, or a forward is run with wrong inputs."""
+    """Fails when the tolerance forgets a dtype's rounding, or a model gets the wrong inputs."""
     found = zoo.build(name, dtype)
     attach(found, ACTING)
     adapter = Adapter.from_model(found)

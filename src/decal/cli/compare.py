@@ -39,6 +39,10 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Most tokens per answer."
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
 ]
+OtherBase = Annotated[
+    bool,
+    typer.Option("--allow-other-base", help="Warn where the base is not that of the training."),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
 
 
@@ -52,6 +56,7 @@ def compare(
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = 64,
     trust_remote_code: RemoteCode = False,
+    allow_other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
     """\b
@@ -75,6 +80,7 @@ def compare(
             limit=limit,
             max_new_tokens=max_new_tokens,
             trust_remote_code=trust_remote_code,
+            allow_other_base=allow_other_base,
             observe=progress.observe,
         )
     if as_json:

@@ -35,6 +35,10 @@ Seed = Annotated[int, typer.Option(min=0, help="For temperatures above 0.")]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
+OtherBase = Annotated[
+    bool,
+    typer.Option("--allow-other-base", help="Warn where the base is not that of the training."),
+]
 Json = Annotated[bool, typer.Option("--json", help="JSON for programs.")]
 
 
@@ -51,6 +55,7 @@ def generate(
     top_k: TopK = None,
     seed: Seed = 0,
     trust_remote_code: RemoteCode = False,
+    allow_other_base: OtherBase = False,
     as_json: Json = False,
 ) -> None:
     """\b
@@ -77,6 +82,7 @@ def generate(
             chat=chat,
             stream=None if as_json else show,
             trust_remote_code=trust_remote_code,
+            allow_other_base=allow_other_base,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,

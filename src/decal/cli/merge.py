@@ -28,6 +28,10 @@ def merge(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with the base.")
     ] = False,
+    allow_other_base: Annotated[
+        bool,
+        typer.Option("--allow-other-base", help="Warn where the base is not that of the training."),
+    ] = False,
 ) -> None:
     """\b
     decal merge runs/tickets -o merged
@@ -53,6 +57,7 @@ def merge(
             onto=onto,
             force=force,
             trust_remote_code=trust_remote_code,
+            allow_other_base=allow_other_base,
             observe=progress.observe,
         )
     console.facts(merged.summary())

@@ -63,6 +63,12 @@ class BaseInfo:
     """Parameters of a classification head that the files lack: they must be trained."""
     chat_template: str | None = None
     """The template that rows were rendered with, where the base has none of its own."""
+    files: tuple[str, ...] = ()
+    """Marks of the weight files when they were loaded; see `store.fingerprint.file_marks`."""
+    fingerprint: str | None = None
+    """Of these files, once it was asked for."""
+    identity: str | None = None
+    """Of the packed weights, once it was asked for; they never change."""
 
 
 def pick_device(device: str) -> torch.device:

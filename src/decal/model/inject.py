@@ -83,6 +83,7 @@ def attach(
     name: str = "default",
     *,
     seed: int = 0,
+    allow_other_base: bool = False,
 ) -> TargetTable:
     """Puts a new or a trained adapter on `model` and takes it into use.
 
@@ -93,13 +94,15 @@ def attach(
         config: settings for a new adapter, or an `Adapter` with tensors.
         name: what to call it; unique on this model.
         seed: starting values of a new adapter.
+        allow_other_base: warn where the model is not the base that the adapter was trained on,
+            instead of refusing it; its tensors must fit all the same.
 
     Returns:
         What `target_modules` and the other settings came to.
 
     Raises:
-        AdapterError: the name is taken, the tensors do not fit the model, or the model computes
-            without some of the adapted modules.
+        AdapterError: the name is taken, the tensors do not fit the model, it is not the base they
+            were trained on, or it computes without some of the adapted modules.
         TargetError: a setting matches nothing, or what it cannot act on.
     """
     settings = config if isinstance(config, LoraConfig) else config.config
@@ -109,6 +112,9 @@ def attach(
     slots = slots_for(model, settings, new=trained is None)
     if trained is not None:
         check_fit(model, trained, slots)
+        check_base = getattr(model, "decal_check", None)  # left by whoever loaded the model
+        if check_base is not None:
+            check_base(model, trained, allow_other_base=allow_other_base)
     if attached is None:
         attached = _freeze(model)
     before = attached.state.routing

@@ -15,7 +15,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from decal.errors import AdapterError
 from decal.model import names
 from decal.model.quantizer import quantizable_modules
 from decal.quant import quant_format
@@ -27,6 +26,7 @@ from decal.store.tensorfile import TensorSpec, dtype_name
 from decal.verbs.load import as_dtype, recorded_quant
 from decal.verbs.plan_merge import Merging
 from decal.verbs.quantize import stored_weights
+from decal.verbs.same_base import compare_marks
 from decal.verbs.target import QUANTIZER, metadata_json
 from decal.weights.changes import Changes, Dequantized
 
@@ -66,19 +66,20 @@ class _Identity:
         self._digests: dict[str, str] = {}
 
     def see(self, module: str, packed: Packed) -> None:
-        """Raises AdapterError with the last weight if they are not those of the training."""
+        """With the last weight, raises AdapterError if they are not those of the training."""
         self._digests[module] = digest(module, packed)
         self.waiting.discard(module)
         if self.waiting or not self._wanted:
             return
-        found = combine(self._digests)
-        if found != self._wanted:
-            raise AdapterError(
-                f"base `{self._plan.path}` is not the one that adapter"
-                f" `{self._plan.adapter.source}` was trained on: its quantized weights differ",
-                details=[f"trained on {self._wanted[:16]}…, found {found[:16]}…"],
-                hint="name the right base or revision; nothing was written",
-            )
+        compare_marks(
+            self._plan.adapter,
+            self._plan.path,
+            self._wanted,
+            combine(self._digests),
+            "quantized ",
+            self._plan.allow_other_base,
+        )
+        self._wanted = None  # weights that are read again, to be verified, are the same
 
 
 def _through(

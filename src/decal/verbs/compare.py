@@ -40,6 +40,7 @@ def compare(
     limit: int | None = None,
     max_new_tokens: int = 64,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     observe: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Runs base and adapters, one base in memory, all adapters on it.
@@ -53,6 +54,8 @@ def compare(
             read its own rows (layout, columns, system); a DataConfig as it says.
         limit: use only the first so many rows.
         trust_remote_code: run Python code that comes with the base.
+        allow_other_base: warn where the base is not the one of an adapter's training, instead of
+            refusing; all must fit it, quantized alike.
         observe: called with the name of a model, steps done and steps in total.
 
     Returns:
@@ -68,10 +71,10 @@ def compare(
     _refuse_nothing(adapters, bool(prompts or data))
     found = {name: read(path) for name, path in adapters.items()}
     loaded = {name: adapter for name, (_, adapter) in found.items()}
-    _refuse_mixed(loaded, base)
+    _refuse_mixed(loaded, base, allow_other_base)
     reading = _reading({name: target for name, (target, _) in found.items()})
     rows = _rows(data, reading, limit) if data else None
-    model, tokenizer = _attached(loaded, base, trust_remote_code)
+    model, tokenizer = _attached(loaded, base, trust_remote_code, allow_other_base)
     asked = exam(model, tokenizer, rows) if rows else None
     as_chat = tokenizer.chat_template is not None and labels_of(model) is None
     turns = _turns(prompts or (), as_chat, reading.system)
@@ -105,13 +108,23 @@ def _refuse_nothing(adapters: Mapping[str, str], anything: bool) -> None:
 
 
 def _attached(
-    adapters: Mapping[str, Adapter], base: str | None, trust_remote_code: bool
+    adapters: Mapping[str, Adapter],
+    base: str | None,
+    trust_remote_code: bool,
+    allow_other_base: bool,
 ) -> tuple[Any, Any]:
     """Model and tokenizer, loaded as the first adapter was trained, with all adapters on it."""
     first, *others = adapters
-    model, tokenizer = load_adapter(adapters[first], base, "auto", trust_remote_code, first)
+    model, tokenizer = load_adapter(
+        adapters[first],
+        base,
+        "auto",
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+        name=first,
+    )
     for name in others:
-        attach(model, adapters[name], name)
+        attach(model, adapters[name], name, allow_other_base=allow_other_base)
     return model, tokenizer
 
 
@@ -181,12 +194,14 @@ def _shown(prompt: Prompt) -> str:
     return (prompt if isinstance(prompt, Chat) else Chat.of(prompt)).messages[-1].content
 
 
-def _refuse_mixed(adapters: Mapping[str, Adapter], base: str | None) -> None:
+def _refuse_mixed(
+    adapters: Mapping[str, Adapter], base: str | None, allow_other_base: bool
+) -> None:
     first_name, first = next(iter(adapters.items()))
     for name, adapter in adapters.items():
         for same, what in (
-            (_same(adapter, first, QUANTIZER), "on different quantizations"),
-            (_same_base(adapter, first, base), "on different bases"),
+            (_same_packing(adapter, first, allow_other_base), "on different quantizations"),
+            (allow_other_base or _same_base(adapter, first, base), "on different bases"),
             (_same(adapter, first, LABELS), "for different labels"),
         ):
             if not same:
@@ -199,6 +214,14 @@ def _refuse_mixed(adapters: Mapping[str, Adapter], base: str | None) -> None:
 
 def _same(a: Adapter, b: Adapter, key: str) -> bool:
     return a.metadata.get(key) == b.metadata.get(key)
+
+
+def _same_packing(a: Adapter, b: Adapter, allow_other_base: bool) -> bool:
+    """By identity; where other bases are allowed, by recipe."""
+    if not allow_other_base:
+        return _same(a, b, QUANTIZER)
+    recipes = [dict(metadata_json(adapter, QUANTIZER) or {}) for adapter in (a, b)]
+    return recipes[0] | {"identity": None} == recipes[1] | {"identity": None}
 
 
 def _packing(*adapters: Adapter) -> list[str]:

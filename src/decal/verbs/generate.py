@@ -21,6 +21,7 @@ def generate(
     chat: bool | None = None,
     stream: Callable[[str], None] | None = None,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     **sampling: Any,
 ) -> Completion:
     """Completes `prompt` with the model, adapter or run at `target`.
@@ -35,6 +36,8 @@ def generate(
         chat: render the prompt as a user turn; left out: if the tokenizer has a chat template.
         stream: called with pieces of text as they are generated.
         trust_remote_code: run Python code that comes with the model.
+        allow_other_base: warn where the base is not the one of the adapter's training, instead of
+            refusing it.
         sampling: max_new_tokens (256), temperature (0: greedy), top_p (1), top_k (all), seed (0).
 
     Returns:
@@ -54,7 +57,12 @@ def generate(
         raise DecalError(
             "a plain prompt has no place for a system message", hint="drop one of them"
         )
-    model, tokenizer = load(target, adapter=adapter, trust_remote_code=trust_remote_code)
+    model, tokenizer = load(
+        target,
+        adapter=adapter,
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
+    )
     if labels_of(model) is not None:
         label, probability = classify(model, tokenizer, [prompt])[0]
         return Completion.of(label, probability=probability)

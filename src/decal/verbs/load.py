@@ -17,8 +17,13 @@ from decal.model.adapter import Adapter
 from decal.model.inject import attach
 from decal.quant import quant_format
 from decal.quant.base import Recipe
-from decal.store.base import open_base
-from decal.store.fingerprint import fingerprint
+from decal.verbs.same_base import (
+    check_model,
+    fingerprint_of,
+    hashing,
+    quantizer_facts,
+    remember_files,
+)
 from decal.verbs.target import (
     BASE,
     CHAT_TEMPLATE,
@@ -98,7 +103,9 @@ def load_base(
         )
     if labels is not None:
         heads.set_padding(model, tokenizer)
+    remember_files(model)
     model.decal_describe = adapter_of  # the model's own save_pretrained records what we know
+    model.decal_check = check_model  # and attach refuses adapters of other bases
     return model, tokenizer
 
 
@@ -109,6 +116,7 @@ def load(
     base: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads whatever `target` is: a run, an adapter with its base, or a model.
 
@@ -119,6 +127,8 @@ def load(
         target: run folder, adapter folder, model folder, or hub id (`owner/name[@revision]`).
         adapter: an adapter to put on `target`, if that is a base.
         base: the base of an adapter, if not the one it names.
+        allow_other_base: warn where the base is not the one of the training, instead of refusing;
+            tensors must fit all the same.
 
     Raises:
         AdapterError: unreadable, no base known, or it does not fit.
@@ -126,7 +136,14 @@ def load(
     """
     found = resolve(target)
     if found.kind == "adapter" and adapter is None:
-        return load_adapter(read(target)[1], base, device, trust_remote_code)
+        found_adapter = read(target)[1]
+        return load_adapter(
+            found_adapter,
+            base,
+            device,
+            trust_remote_code=trust_remote_code,
+            allow_other_base=allow_other_base,
+        )
     if adapter is not None:
         if found.kind == "adapter":
             raise AdapterError(
@@ -135,7 +152,13 @@ def load(
             )
         _, read_in = read(adapter)
         named = f"{found.path}@{found.revision}" if found.revision else found.path
-        return load_adapter(read_in, named, device, trust_remote_code)
+        return load_adapter(
+            read_in,
+            named,
+            device,
+            trust_remote_code=trust_remote_code,
+            allow_other_base=allow_other_base,
+        )
     config = hf.load_config(
         found.path, revision=found.revision, trust_remote_code=trust_remote_code
     )
@@ -152,28 +175,33 @@ def load_adapter(
     adapter: Adapter,
     base: str | None,
     device: str,
+    *,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     name: str = "default",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads the adapter's base as it was in training, and attaches the adapter to it."""
+    """Loads the adapter's base as it was in training, and attaches the adapter to it.
+
+    It is in use and could be trained on; the model is in evaluation mode.
+    """
     path, revision = base_of(adapter, base)
     recorded = metadata_json(adapter, QUANTIZER)
     trained_in = (metadata_json(adapter, BASE) or {}).get("dtype", "bfloat16")
-    model, tokenizer = load_base(
-        path,
-        quant=recorded_quant(recorded),
-        dtype=trained_in,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        labels=labels_of(adapter),
-    )
+    with hashing(path) as keep_fingerprint:
+        model, tokenizer = load_base(
+            path,
+            quant=recorded_quant(recorded),
+            dtype=trained_in,
+            device=device,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            labels=labels_of(adapter),
+        )
+        keep_fingerprint(model)
     template = adapter.metadata.get(CHAT_TEMPLATE)
     if template is not None and tokenizer.chat_template is None:
         tokenizer.chat_template = template
-    check_identity(adapter, hf.quantizer_identity(model), path)
-    check_fingerprint(adapter, path, revision)
-    attach(model, adapter, name)
+    attach(model, adapter, name, allow_other_base=allow_other_base)
     model.eval()
     return model, tokenizer
 
@@ -215,37 +243,6 @@ def recorded_quant(recorded: dict[str, Any] | None) -> QuantConfig:
         ) from error
 
 
-def check_identity(adapter: Adapter, identity: str | None, base: str) -> None:
-    """The packed weights must be those the adapter was trained on; raises AdapterError."""
-    recorded = metadata_json(adapter, QUANTIZER)
-    wanted = recorded.get("identity") if recorded else None
-    if wanted and identity != wanted:
-        raise AdapterError(
-            f"base `{base}` is not the one that adapter `{adapter.source}` was trained on:"
-            " its quantized weights differ",
-            details=[f"trained on {wanted[:16]}…, found {(identity or 'none')[:16]}…"],
-            hint="name the right base or revision",
-        )
-
-
-def check_fingerprint(adapter: Adapter, path: str, revision: str | None) -> None:
-    """The base's files must hold the weights of the training; raises AdapterError.
-
-    An adapter that records no fingerprint, of another tool, is taken as it is.
-    """
-    wanted = (metadata_json(adapter, BASE) or {}).get("fingerprint")
-    if wanted is None:
-        return
-    found = base_fingerprint(path, revision)
-    if found != wanted:
-        raise AdapterError(
-            f"base `{path}` is not the one that adapter `{adapter.source}` was trained on:"
-            " its weights differ",
-            details=[f"trained on {wanted[:16]}…, found {found[:16]}…"],
-            hint="name the right base or revision",
-        )
-
-
 def save_adapter(
     model: PreTrainedModel, path: str | Path, name: str = "default", *, force: bool = False
 ) -> Adapter:
@@ -278,24 +275,10 @@ def adapter_of(model: PreTrainedModel, name: str = "default") -> Adapter:
         "revision": info.revision,
         "commit": info.commit,
         "dtype": str(info.dtype).removeprefix("torch."),
-        "fingerprint": base_fingerprint(info.path, info.commit or info.revision),
+        "fingerprint": fingerprint_of(model),
     }
     metadata[BASE] = json.dumps(base, sort_keys=True)
-    if info.recipe is not None:
-        metadata[QUANTIZER] = json.dumps(
-            {
-                "format": info.recipe.format,
-                "block_size": info.recipe.block_size,
-                "double": info.recipe.double,
-                "skip_modules": list(info.skip_modules),
-                "dtype": base["dtype"],
-                "identity": hf.quantizer_identity(model),
-            },
-            sort_keys=True,
-        )
+    quantizer = quantizer_facts(model)
+    if quantizer is not None:
+        metadata[QUANTIZER] = json.dumps(quantizer, sort_keys=True)
     return Adapter.from_model(model, name, **facts, base=info.path, revision=info.revision)
-
-
-def base_fingerprint(path: str, revision: str | None) -> str:
-    """Fingerprint of the base's files, from decal's cache where they have not changed."""
-    return fingerprint(open_base(hf.local_folder(path, revision)))

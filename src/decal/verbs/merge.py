@@ -10,8 +10,9 @@ from typing import Any, Literal
 from decal.errors import ConfigError
 from decal.quant.bnb import describe_quantization
 from decal.verbs.as_trained import as_trained
-from decal.verbs.load import check_fingerprint, labels_of
+from decal.verbs.load import labels_of
 from decal.verbs.plan_merge import Merging, changes_of, merging
+from decal.verbs.same_base import check_files
 from decal.verbs.target import QUANTIZER, base_of, metadata_json, read
 from decal.weights.merge import MergeDtype, MergeReport, merge_files
 
@@ -57,6 +58,7 @@ def merge(
     onto: Onto | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
     observe: Callable[[int, int], None] | None = None,
 ) -> Merged:
     """Writes base + adapter as a plain model folder, one tensor in memory at a time.
@@ -69,6 +71,8 @@ def merge(
             dequantized ones), `original` to the base's own. Default: trained if the adapter was
             trained on a quantized base, or the base is stored quantized.
         trust_remote_code: run Python code that comes with the base; its names need it.
+        allow_other_base: warn where the base is not the one of the training, instead of refusing;
+            tensors must fit all the same.
         observe: called with bytes done and bytes in total.
 
     Raises:
@@ -78,9 +82,14 @@ def merge(
     """
     _, loaded = read(adapter)
     path, revision = base_of(loaded, base)
-    check_fingerprint(loaded, path, revision)
+    check_files(loaded, path, revision, allow_other_base=allow_other_base)
     plan = merging(
-        loaded, path, revision, labels=labels_of(loaded), trust_remote_code=trust_remote_code
+        loaded,
+        path,
+        revision,
+        labels=labels_of(loaded),
+        trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
     )
     onto = _onto(plan, onto)
     changes = changes_of(plan)

@@ -36,6 +36,8 @@ class Merging:
     """Hub id or folder of the base."""
     revision: str | None
     trust_remote_code: bool
+    allow_other_base: bool
+    """Whether a base that is not the one of the training is only warned of."""
     files: BaseFiles
     skeleton: Any
     labels: Sequence[str] | None
@@ -57,6 +59,7 @@ def merging(
     *,
     labels: Sequence[str] | None = None,
     trust_remote_code: bool = False,
+    allow_other_base: bool = False,
 ) -> Merging:
     """Opens the base and collects the names that a merge needs; reads no weight."""
     files = open_base(hf.local_folder(path, revision))
@@ -71,6 +74,7 @@ def merging(
         path=path,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        allow_other_base=allow_other_base,
         files=files,
         skeleton=skeleton,
         labels=labels,
@@ -110,6 +114,18 @@ def changes_of(plan: Merging) -> Changes:
 def _deltas(plan: Merging) -> dict[str, FileDelta]:
     adapter = plan.adapter
     transposed = names.transposed_modules(plan.skeleton) | adapter.embeddings
+    owners: dict[str, list[str]] = {}
+    for module in adapter.tensors:
+        owners.setdefault(plan.key(f"{module}.weight"), []).append(module)
+    shared = {key: modules for key, modules in owners.items() if modules[1:]}
+    if shared:
+        key, modules = next(iter(shared.items()))
+        raise AdapterError(
+            f"adapter `{adapter.source}` has {len(adapter.tensors)} A/B pairs for {len(owners)} "
+            f"tensors of the base",
+            details=[f"{', '.join(modules)} are all `{key}`"],
+            hint="keep the adapter apart: `decal generate` and the others load it with its base",
+        )
     return {
         plan.key(f"{module}.weight"): FileDelta(
             LowRank(parts.A, parts.B, adapter.config.scaling_of(module), 0.0),

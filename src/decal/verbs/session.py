@@ -20,7 +20,7 @@ from decal.data.batch import Batch
 from decal.data.pack import Batches, make_batches
 from decal.data.sample import Sample
 from decal.errors import QuantError
-from decal.model import attention, heads, hf, switches
+from decal.model import attention, heads, switches
 from decal.model.adapter import Adapter
 from decal.model.inject import adapters_of, trainable_line
 from decal.model.size import bits_per_weight
@@ -38,8 +38,8 @@ from decal.verbs.inputs import (
     refuse_beyond_context,
     refuse_other_vocabulary,
 )
-from decal.verbs.load import check_fingerprint, load_base
-from decal.verbs.target import QUANTIZER, metadata_json
+from decal.verbs.load import load_base
+from decal.verbs.same_base import hashing
 
 Say = Callable[[str], None]
 
@@ -60,6 +60,8 @@ class Session:
     """Factors on the learning rate by parameter name; see `model/rates.py`."""
     table: TargetTable | None
     """What the adapter came to; None where every weight is trained."""
+    bits_per_weight: float
+    """Of the base alone, as stored."""
 
     @property
     def flat(self) -> bool:
@@ -160,17 +162,20 @@ def begin(found: Inputs, say: Say) -> Session:
     for line in encoded.lines():
         say(line)
     base = config.base
-    model, tokenizer = load_base(
-        base.path,
-        quant=config.quant,
-        dtype=base.dtype,
-        device=base.device,
-        revision=base.revision,
-        trust_remote_code=base.trust_remote_code,
-        labels=rows.classes,
-        tokenizer=found.tokenizer,
-    )
-    _say_base(model, config, say)
+    with hashing(base.path) as keep_fingerprint:
+        model, tokenizer = load_base(
+            base.path,
+            quant=config.quant,
+            dtype=base.dtype,
+            device=base.device,
+            revision=base.revision,
+            trust_remote_code=base.trust_remote_code,
+            labels=rows.classes,
+            tokenizer=found.tokenizer,
+        )
+        keep_fingerprint(model)
+    bits = bits_per_weight(model)
+    _say_base(model, bits, config, say)
     if found.skeleton is None:
         refuse_other_vocabulary(model, encoded.train)
         refuse_beyond_context(model, [*encoded.train, *encoded.eval])
@@ -198,6 +203,7 @@ def begin(found: Inputs, say: Say) -> Session:
         flattening=flattening,
         rates=rates(model, config),
         table=table,
+        bits_per_weight=bits,
     )
 
 
@@ -214,25 +220,13 @@ def _make_trainable(
             hint="use adapter.method lora, or `decal dequantize` the base first",
         )
     if going_on is not None:
-        _check_same_base(model, going_on, config, say)
+        say(f"going on with adapter {going_on.source}")
     table = make_trainable(model, config, going_on, new)
     if table is None:
         say("full fine-tuning: every weight is trained")
     for line in table.lines() if table is not None else ():
         say(line)
     return table
-
-
-def _check_same_base(model: Any, adapter: Adapter, config: RunConfig, say: Say) -> None:
-    """An adapter to go on with must have been trained on this base; raises AdapterError."""
-    base = config.base
-    check_fingerprint(adapter, base.path, model.decal_base.commit or base.revision)
-    recorded = metadata_json(adapter, QUANTIZER) or {}
-    if recorded.get("identity") != hf.quantizer_identity(model):
-        before, recipe = recorded.get("format", "none"), model.decal_base.recipe
-        now = recipe.format if recipe else "none"
-        say(f"note: the adapter was trained on quant {before}, now it is {now}")
-    say(f"going on with adapter {adapter.source}")
 
 
 def _batches(config: RunConfig, samples: list[Sample], flat: bool) -> Batches:
@@ -245,13 +239,13 @@ def _batches(config: RunConfig, samples: list[Sample], flat: bool) -> Batches:
     )
 
 
-def _say_base(model: Any, config: RunConfig, say: Say) -> None:
+def _say_base(model: Any, bits: float, config: RunConfig, say: Say) -> None:
     stored = "16-bit" if config.base.dtype != "float32" else "32-bit"
     if model.decal_base.recipe is not None:
         stored = describe(model.decal_base.recipe)
     say(
         f"base: {config.base.path} ({type(model).__name__}), {stored},"
-        f" {bits_per_weight(model):.2f} bits per weight, computes in {config.base.dtype}"
+        f" {bits:.2f} bits per weight, computes in {config.base.dtype}"
         f" on {model.device}"
     )
     for line in left_unquantized(model):

@@ -31,7 +31,8 @@ from decal.train.loop import train as run_loop
 from decal.train.room import fitting
 from decal.verbs.findings import before
 from decal.verbs.inputs import ADAPTER, look, refuse_own_output
-from decal.verbs.load import base_fingerprint, save_adapter
+from decal.verbs.load import save_adapter
+from decal.verbs.same_base import fingerprint_of
 from decal.verbs.session import Say, Session, begin
 from decal.version import __version__
 
@@ -261,7 +262,6 @@ def _save(session: Session, run: RunFolder) -> Path:
 
 
 def _info(session: Session) -> dict[str, Any]:
-    base: hf.BaseInfo = session.model.decal_base
     return {
         "decal": __version__,
         "torch": torch.__version__,
@@ -271,7 +271,7 @@ def _info(session: Session) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": str(session.model.device),
-        "base_fingerprint": base_fingerprint(base.path, base.commit or base.revision),
+        "base_fingerprint": fingerprint_of(session.model),
         "quantizer_identity": hf.quantizer_identity(session.model),
         "layout": "flat" if session.flat else "padded",
         "data": _data_digest(session),
