@@ -101,17 +101,30 @@ def load_what_fits(model: Any, name: str, tensors: dict[str, Any], _: object) ->
 
 
 def test_another_base_of_the_same_shape_is_refused(folder: Path) -> None:
-    """Where it is allowed the adapter goes on, with a warning, and its logits are those of no training."""
+    """Loaded all the same, on request and with a warning, its logits are those of no training.
+
+    Fails when the fingerprint is not compared.
+    """
     zoo.save("llama", folder / "other", seed=5)
     with pytest.raises(AdapterError, match="its weights differ"):
         load(folder / "a", base=str(folder / "other"), device="cpu")
     right, _ = load(folder / "a", device="cpu")
     bare = logits(load_base(folder / "base", dtype="float32", device="cpu")[0], IDS)
-    with pytest.warns(DecalWarning, match="its weights differ"):
+    with pytest.warns(DecalWarning, match="is not the one"):
         wrong, _ = load(
             folder / "a", base=str(folder / "other"), device="cpu", allow_other_base=True
         )
     assert off(logits(wrong, IDS), logits(right, IDS), bare) > 1
+
+
+def test_a_base_loaded_by_hand_is_compared_too(folder: Path) -> None:
+    """Fails when only `load` looks: attach meets bases and adapters in any pairing."""
+    zoo.save("llama", folder / "other", seed=5)
+    model, _ = load_base(folder / "other", dtype="float32", device="cpu")
+    with pytest.raises(AdapterError, match="its weights differ"):
+        attach(model, read(folder / "a"))
+    with pytest.warns(DecalWarning, match="its weights differ"):
+        attach(model, read(folder / "a"), allow_other_base=True)
 
 
 def test_one_typo_among_several_targets_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
