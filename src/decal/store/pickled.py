@@ -10,7 +10,10 @@ Knows nothing of adapters.
 
 from __future__ import annotations
 
+import errno
 import pickle
+import stat
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ def load_pickled(path: Path, error: type[DecalError], *, hint: str | None = None
     """
     try:
         size = path.stat().st_size
+        _refuse_bomb(path, size)
         stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as problem:
         text = (problem.strerror or str(problem)).lower()
@@ -50,7 +54,10 @@ def load_pickled(path: Path, error: type[DecalError], *, hint: str | None = None
         text = str(problem).partition("\n")[0][:120]
         raise error(f"`{path}` is damaged or no file of torch.save: {text}", hint=hint) from problem
     named = isinstance(stored, dict) and all(
-        isinstance(key, str) and isinstance(value, Tensor) and value.dtype in _DTYPES
+        isinstance(key, str)
+        and isinstance(value, Tensor)
+        and value.dtype in _DTYPES
+        and value.device.type == "cpu"
         for key, value in stored.items()
     )
     if not named:
@@ -63,3 +70,18 @@ def load_pickled(path: Path, error: type[DecalError], *, hint: str | None = None
             hint=hint,
         )
     return dict(stored)
+
+
+def _refuse_bomb(path: Path, size: int) -> None:
+    """Raises OSError where the archive's members are larger than the file: torch packs nothing."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", path)
+    if not zipfile.is_zipfile(path):
+        return  # the older form, which cannot be mapped: torch's reader refuses it
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or sum(member.file_size for member in members) > size:
+        raise OSError(
+            errno.EINVAL, "it is a compressed archive, which torch.save never writes", path
+        )

@@ -31,7 +31,7 @@ from decal.errors import DecalError, VerificationError
 from decal.model.adapter import Adapter
 from decal.model.hub import near_path, on_the_way, reason
 from decal.report.card import MARK, CardFacts, card
-from decal.store.base import INDEX_NAME, open_base
+from decal.store.base import INDEX_NAME, open_base, refuse_links
 from decal.store.peft import CONFIG_NAME, WEIGHTS_NAME
 from decal.verbs.facts import adapter_facts, model_facts, on_hub
 from decal.verbs.target import BASE, Target, metadata_json, read, resolve
@@ -275,10 +275,12 @@ def _contents(target: Target, say: Callable[[str], None]) -> tuple[Files, CardFa
         for path in sorted(folder.iterdir())
         if path.is_file() and any(fnmatch(path.name, pattern) for pattern in _TEXTS)
     }
+    refuse_links(folder, [*files, CARD])
     if target.kind == "model":
         return files | _model_files(folder), model_facts(target)
     _, adapter = read(folder)
     names = (CONFIG_NAME, WEIGHTS_NAME)
+    refuse_links(folder, names)
     files |= {name: folder / name for name in names}
     if adapter.base is not None and not on_hub(adapter.base):
         say(f"the base is a folder on this disk: `{adapter.base}` is left out of what is uploaded")
@@ -303,6 +305,7 @@ def _model_files(folder: Path) -> Files:
         files[INDEX_NAME] = folder / INDEX_NAME
     files |= {path.name: path for path in folder.glob("*.py")}
     files["config.json"] = folder / "config.json"
+    refuse_links(folder, files)
     if "_name_or_path" in opened.config:
         kept = {k: v for k, v in opened.config.items() if k != "_name_or_path"}
         files["config.json"] = (json.dumps(kept, indent=2) + "\n").encode("utf-8")
