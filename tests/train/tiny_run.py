@@ -170,6 +170,9 @@ class MemoryRun:
         files = {s: {k: v.clone() for k, v in named.items()} for s, named in tensors.items()}
         self.kept[step] = Held(step, json.loads(json.dumps(state)), files)
 
+    def rotate(self, newest: int, best: int | None) -> None:
+        pass
+
     def require_space(self, checkpoint: int, count: int, result: int) -> None:
         self.expected = checkpoint, count, result
 

@@ -250,8 +250,7 @@ class RunFolder:
                 "state": plain,
             }
             write_json(place / "state.json", document)
-        with writing(self._checkpoints):
-            self._rotate(step, best)
+        self.rotate(step, best)
         return folder
 
     def require_space(self, checkpoint: int, count: int, result: int) -> None:
@@ -318,13 +317,19 @@ class RunFolder:
         with suppress(FileNotFoundError), self._metrics.open("rb") as file:
             os.fsync(file.fileno())
 
-    def _rotate(self, newest: int, best: int | None) -> None:
-        sweep(self._checkpoints)
-        steps = self.steps()
-        kept = {best, *[step for step in steps if step <= newest][-_KEPT:]}
-        for step in steps:
-            if step not in kept:
-                _remove(self._checkpoints / f"step-{step:08d}")
+    def rotate(self, newest: int, best: int | None) -> None:
+        """Removes all checkpoints but two up to `newest` and that of step `best`.
+
+        Writing does it; a resumed run does it too, because the one before may have been killed in
+        the middle of it.
+        """
+        with writing(self._checkpoints):
+            sweep(self._checkpoints)
+            steps = self.steps()
+            kept = {best, *[step for step in steps if step <= newest][-_KEPT:]}
+            for step in steps:
+                if step not in kept:
+                    _remove(self._checkpoints / f"step-{step:08d}")
 
 
 def _never_began(out: Path) -> bool:

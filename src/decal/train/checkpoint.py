@@ -139,9 +139,11 @@ def start(job: Job, optimizer: Optimizer) -> Progress:
         torch.manual_seed(job.settings.seed)
         job.run.truncate_metrics(0)
         return Progress()
-    if found.warning:
-        job.observe(Note(text=found.warning))
     state = found.state
+    if found.warning:  # the damaged one goes when there is a better one in its place
+        job.observe(Note(text=found.warning))
+    else:
+        job.run.rotate(found.step, state["best"] and state["best"]["step"])
     _warn_of_changes(job, optimizer, state)
     load_trainable(job, found)
     optimizer.load(found.tensors("optimizer"), state["scaler"])

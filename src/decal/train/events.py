@@ -92,6 +92,10 @@ class RunFolder(Protocol):
         """Keeps the newest two and that of step `best`."""
         ...
 
+    def rotate(self, newest: int, best: int | None) -> None:
+        """Removes what `write_checkpoint` does not keep, where it was killed before it could."""
+        ...
+
     def require_space(self, checkpoint: int, count: int, result: int) -> None:
         """StorageError unless `count` checkpoints of so many bytes, or as many as are kept, and
         the result have room."""
