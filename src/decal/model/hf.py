@@ -55,6 +55,8 @@ class BaseInfo:
     """What the base computes in; quantized weights were cast to it before they were packed."""
     commit: str | None
     """The hub's commit that was loaded; a branch may have moved on since. None for a folder."""
+    folder: Path
+    """Where its files lie, in the hub's cache or elsewhere: nobody has to ask again."""
     recipe: Recipe | None
     """How the linear layers are stored; None for 16 or 32 bits."""
     skip_modules: tuple[str, ...] = ()
@@ -148,6 +150,7 @@ def load_model(
         revision=revision,
         dtype=dtype,
         commit=commit,
+        folder=folder.resolve(),
         recipe=recipe,
         skip_modules=tuple(skip),
         new=new,

@@ -130,9 +130,10 @@ def _snapshot(path: str, revision: str | None, patterns: Sequence[str]) -> Path:
 def _silence(path: str, revision: str | None) -> Exception | None:
     """Why the hub does not answer; None if it does, or need not be asked.
 
-    snapshot_download would wait for minutes where a network swallows what is sent.
+    snapshot_download would wait for minutes where a network swallows what is sent. Of a commit it
+    asks for the list of files, once; what other tools put into the cache lacks that list.
     """
-    if constants.HF_HUB_OFFLINE or _COMMIT.fullmatch(revision or ""):
+    if constants.HF_HUB_OFFLINE or _listed(path, revision):
         return None
     try:
         HfApi().model_info(path, revision=revision, timeout=_ANSWER)
@@ -143,6 +144,14 @@ def _silence(path: str, revision: str | None) -> Exception | None:
             raise
         return error
     return None
+
+
+def _listed(path: str, revision: str | None) -> bool:
+    """Whether `revision` is a commit whose list of files lies in the cache."""
+    if not _COMMIT.fullmatch(revision or ""):
+        return False
+    folder = Path(constants.HF_HUB_CACHE, "models--" + path.replace("/", "--"))
+    return (folder / "trees" / f"{revision}.json").exists()
 
 
 def hub_error(

@@ -64,14 +64,15 @@ def fingerprint_of(model: Any) -> str | None:
 def quantizer_facts(model: Any) -> dict[str, Any] | None:
     """Recipe and identity of the model's packed weights, as an adapter records them."""
     info: hf.BaseInfo = model.decal_base
-    if info.recipe is None:
+    recipe = info.recipe
+    if recipe is None:
         return None
     if info.identity is None:
         info = model.decal_base = replace(info, identity=hf.quantizer_identity(model))
     return {
-        "format": info.recipe.format,
-        "block_size": info.recipe.block_size,
-        "double": info.recipe.double,
+        "format": recipe.format,
+        "block_size": recipe.block_size,
+        "double": recipe.double,
         "skip_modules": list(info.skip_modules),
         "dtype": str(info.dtype).removeprefix("torch."),
         "identity": info.identity,
@@ -163,14 +164,14 @@ def hashing(path: str) -> Iterator[Callable[[Any], None]]:
 
 def _own_fingerprint(info: hf.BaseInfo) -> str | None:
     try:
-        return base_fingerprint(info.path, info.commit or info.revision)
+        return fingerprint(open_base(info.folder))
     except DecalError:
         return None
 
 
 def _marks(info: hf.BaseInfo) -> tuple[str, ...]:
     try:
-        return file_marks(open_base(hf.local_folder(info.path, info.commit or info.revision)))
+        return file_marks(open_base(info.folder))
     except (DecalError, OSError):
         return ()
 
