@@ -6,6 +6,7 @@ it meets one, in `attach`.
 
 from __future__ import annotations
 
+import hashlib
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from decal.errors import AdapterError
 from decal.model.hub import adapter_folder, may_be_on_hub
 from decal.model.state import adapted_layers, adapter_state, adapters_of, full_state
 from decal.store.peft import LoraTensors, PeftAdapter, read_adapter, write_adapter
+from decal.store.tensorfile import tensor_bytes
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -134,6 +136,19 @@ class Adapter:
         """Numbers in all tensors."""
         factors = (t for parts in self.tensors.values() for t in parts if t is not None)
         return sum(t.numel() for t in (*factors, *self.full.values()))
+
+    def digest(self) -> str:
+        """sha256 over what the adapter does: names, float32 values and scalings of its tensors."""
+        tensors = {(name, "", 1.0): tensor for name, tensor in self.full.items()}
+        for module, parts in self.tensors.items():
+            scale = self.config.scaling_of(module)
+            named = zip(("A", "B", "bias"), parts, strict=True)
+            tensors |= {(module, part, scale): t for part, t in named if t is not None}
+        hashed = hashlib.sha256()
+        for key in sorted(tensors):
+            hashed.update(f"{key} {list(tensors[key].shape)}\n".encode())
+            hashed.update(tensor_bytes(tensors[key].float()))
+        return hashed.hexdigest()
 
     def _facts(self) -> list[tuple[str, str]]:
         c = self.config

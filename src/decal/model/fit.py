@@ -57,6 +57,11 @@ class AdapterLike(Protocol):
         ...
 
     @property
+    def metadata(self) -> Mapping[str, str]:
+        """Facts about it, which stay with it when it is saved again."""
+        ...
+
+    @property
     def source(self) -> str:
         """What to call it in a message."""
         ...

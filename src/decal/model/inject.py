@@ -124,6 +124,7 @@ def attach(
         if trained is not None:
             tensors = {m: (p.A, p.B, p.bias) for m, p in trained.tensors.items()}
             load_state(model, name, tensors, trained.full)
+            attached.metadata[name] = dict(trained.metadata)
         activate(model, Routing(((name, 1.0),)))
         _check_attached(model, name, slots)
         notes = probe(model, name, new=trained is None)
@@ -148,6 +149,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     leaving = list(attached.configs) if name is None else [known(attached, name)]
     for gone in leaving:
         del attached.configs[gone]
+        attached.metadata.pop(gone, None)
     for wrappers in (replaced_modules(model), adapted_layers(model)):
         for wrapper in wrappers.values():
             for gone in leaving:

@@ -240,15 +240,15 @@ def _watching(one: _Watched, name: str) -> Iterator[None]:
         if isinstance(wrapper, AdaptedLayer):  # the adapter adds in y's own memory
             one.y_base = y.detach().clone()
 
-    wrapper.forward = seen
+    wrapper.__dict__["forward"] = seen
     hook = wrapper.base_layer.register_forward_hook(kept)
     try:
         yield
     finally:
         hook.remove()
-        del wrapper.forward
+        del wrapper.__dict__["forward"]
         if own is not None:
-            wrapper.forward = own
+            wrapper.__dict__["forward"] = own
 
 
 # --- what is asked of a wrapper ---------------------------------------------------------------
@@ -261,15 +261,15 @@ def _deviation(
     """How the output differs from the base's plus what the factors say; None if it does not.
 
     The bound is one of elements: where the base's output is near zero even a small delta shows.
+    Rounding is relative to the terms of a sum and not to the sum, which they may cancel in.
     """
     if y_base is None:
         return "its base layer did not run"
     wide = torch.promote_types(y.dtype, torch.float32)
-    delta = _delta(base, lora, x, wide)
+    delta, terms = _delta(base, lora, x, wide)
     found = y.to(wide) - y_base.to(wide)
     relative = max(_TOLERANCE * torch.finfo(y.dtype).eps, _LEAST)
-    typical = delta.square().mean(-1, keepdim=True).sqrt()
-    room = relative * (y_base.abs().to(wide) + delta.abs() + typical)
+    room = relative * (y_base.abs().to(wide) + delta.abs() + terms)
     if not bool(((found - delta).abs() > room).any()):
         return None
     size = float(delta.square().sum())
@@ -279,14 +279,23 @@ def _deviation(
     return f"its output moves by {share:.2f} times what its factors say"
 
 
-def _delta(base: BaseLayer, lora: Lora, x: Tensor, wide: torch.dtype) -> Tensor:
-    A, B = lora.A.to(wide), lora.B.to(wide)
+def _delta(base: BaseLayer, lora: Lora, x: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """scale * B A x + shift, and the root of the summed squares of its terms."""
+    A, B, scale = lora.A.to(wide), lora.B.to(wide), abs(lora.scale)
     if base.kind == "embedding":
         embedding: Any = base
-        return torch.as_tensor(lora.scale * embedding.gain * (A.t()[x] @ B.t()))
-    delta = lora.scale * ((x.to(wide) @ A.t()) @ B.t())
+        z = A.t()[x] * embedding.gain
+        z_terms = z.square()
+    else:
+        x = x.to(wide)
+        z = x @ A.t()
+        z_terms = z.square() + x.square() @ A.square().t()
+    delta = lora.scale * (z @ B.t())
+    terms = scale * (z_terms @ B.square().t()).sqrt()
     shift = lora.shift(base.bias)
-    return delta if shift is None else delta + shift.to(wide)
+    if shift is None:
+        return delta, terms
+    return delta + shift.to(wide), terms + shift.to(wide).abs()
 
 
 @torch.no_grad()

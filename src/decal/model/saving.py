@@ -24,9 +24,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decal.errors import AdapterError
+from decal.errors import AdapterError, VerificationError
 from decal.model.adapter import Adapter
-from decal.model.state import adapters_of, known, load_state, require
+from decal.model.state import (
+    adapted_layers,
+    adapter_state,
+    adapters_of,
+    full_state,
+    known,
+    load_state,
+    replaced_modules,
+    require,
+)
+from decal.model.survey import base_modules
 from decal.store.peft import WEIGHTS_NAME
 from decal.store.peft_keys import PREFIX, arranged
 from decal.store.tensorfile import TensorSpec, dtype_name
@@ -53,7 +63,8 @@ def save_adapters(
         ignored: what says how to cut up or store a whole model.
 
     Raises:
-        AdapterError: pickle or the hub are asked for, or `state_dict` holds other adapters.
+        AdapterError: pickle or the hub are asked for, `state_dict` holds other adapters, or
+            something is trainable that belongs to no adapter.
         StorageError, VerificationError: see `write_adapter`.
     """
     if push_to_hub:
@@ -69,6 +80,8 @@ def save_adapters(
     names = list(adapters_of(model))
     if selected_adapters is not None:
         names = [known(require(model), name) for name in selected_adapters]
+    for name in names:
+        refuse_lost(model, name)
     if state_dict is not None:
         _check_state_dict(model, state_dict)
     if not is_main_process:
@@ -81,6 +94,45 @@ def save_adapters(
         describe(model, name).save_into(out)
         if _CHECKPOINT.fullmatch(Path(save_directory).name) and [name] == _in_use(model):
             _link(out / WEIGHTS_NAME, Path(save_directory) / "model.safetensors")
+
+
+def refuse_lost(model: nn.Module, name: str) -> None:
+    """All that training has changed must be in the adapter's tensors.
+
+    Raises:
+        AdapterError: parameters of the base are trainable and belong to no adapter.
+        VerificationError: the adapter has parameters that would not be written.
+    """
+    free = [
+        f"{module}.{leaf}" if module else leaf
+        for module, inner in base_modules(model)
+        for leaf, parameter in inner._parameters.items()
+        if parameter is not None and parameter.requires_grad
+    ]
+    if free:
+        more = f"  (and {len(free) - 1} more)" if free[1:] else ""
+        raise AdapterError(
+            f"{len(free)} parameters are trainable and belong to no adapter, so that adapter"
+            f" `{name}` would be saved without them",
+            details=[free[0] + more],
+            hint="freeze them (requires_grad_(False)); what is to be trained whole belongs into"
+            " modules_to_save when the adapter is attached",
+        )
+    wrappers = (*adapted_layers(model).values(), *replaced_modules(model).values())
+    own = {
+        id(parameter): key
+        for wrapper in wrappers
+        if name in wrapper.adapters
+        for key, parameter in wrapper.adapters[name].named_parameters()
+    }
+    written = {id(t) for parts in adapter_state(model, name).values() for t in parts}
+    written |= {id(parameter) for parameter in full_state(model, name).values()}
+    lost = [key for number, key in own.items() if number not in written]
+    if lost:
+        raise VerificationError(
+            f"{len(lost)} of {len(own)} parameters of adapter `{name}` have no place in its file",
+            details=lost[:1],
+        )
 
 
 def take_peft_keys(model: nn.Module, state_dict: MutableMapping[str, Tensor], *_: object) -> None:

@@ -38,6 +38,8 @@ class Attached:
     training: dict[str, bool]
     state: RoutingState = field(default_factory=RoutingState)
     configs: dict[str, LoraConfig] = field(default_factory=dict)
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+    """By name: the facts that came with a trained adapter."""
     hooks: list[Any] = field(default_factory=list)
     """Handles of the hooks that attach put on the model."""
     loaded: bool = False

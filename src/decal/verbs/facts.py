@@ -17,6 +17,7 @@ from decal.report.card import CardFacts, Value
 from decal.runfile import parse_run
 from decal.store.base import open_base
 from decal.store.run import RunFolder
+from decal.verbs.provenance import runs_of
 from decal.verbs.target import BASE, LABELS, QUANTIZER, Target, metadata_json
 
 
@@ -38,7 +39,7 @@ def model_facts(target: Target) -> CardFacts:
 
 def adapter_facts(target: Target, adapter: Adapter) -> CardFacts:
     """Facts of an adapter, and of its run; `repo` is still empty."""
-    run = _run_facts(target)
+    run = _run_facts(target) or _recorded_facts(adapter)
     base = metadata_json(adapter, BASE) or {}
     if adapter.base is not None:
         run["base_on_hub"] = on_hub(adapter.base)
@@ -102,6 +103,24 @@ def _run_facts(target: Target) -> dict[str, Any]:
         "settings": _train_settings(config),
         "results": _results(info.get("result") or {}),
         "versions": {k: info[k] for k in ("decal", "torch", "transformers") if k in info},
+    }
+
+
+def _recorded_facts(adapter: Adapter) -> dict[str, Any]:
+    """What an adapter that lies apart from its run says of it; nothing if others changed it."""
+    runs = runs_of(adapter.metadata)
+    if not runs or any("data" not in entry for entry in runs):
+        return {}
+    last = runs[-1]
+    data: dict[str, Value] = {"data": ", then ".join(str(entry["data"]) for entry in runs)}
+    if isinstance(last.get("rows"), int):
+        data["rows"] = last["rows"]
+    settings = {"seed": last["seed"]} if isinstance(last.get("seed"), int) else {}
+    return {
+        "data": data,
+        "settings": settings,
+        "results": _results(last),
+        "versions": {k: last[k] for k in ("decal", "torch", "transformers") if k in last},
     }
 
 

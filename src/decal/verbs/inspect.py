@@ -23,6 +23,7 @@ from decal.store.peft import CONFIG_NAME, ModuleHeader, PeftHeader, peek_adapter
 from decal.store.run import RunFolder
 from decal.store.tensorfile import TensorEntry, raw_chunks
 from decal.untrusted import parse_json
+from decal.verbs.provenance import runs_of
 from decal.verbs.target import BASE, LABELS, QUANTIZER, resolve
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -144,6 +145,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "parameters": header.parameters,
         "bytes": sum(file.stat().st_size for file in files),
         "written_by": _writer(folder, header),
+        "runs": runs_of(header.metadata),
     }
     return {key: value for key, value in found.items() if value not in (None, [], {})}
 

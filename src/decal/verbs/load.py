@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,11 @@ from decal.errors import AdapterError, BaseModelError, QuantError
 from decal.model import heads, hf
 from decal.model.adapter import Adapter
 from decal.model.inject import attach
+from decal.model.saving import refuse_lost
+from decal.model.state import known, require
 from decal.quant import quant_format
 from decal.quant.base import Recipe
+from decal.verbs.provenance import history, runs_of
 from decal.verbs.same_base import (
     check_model,
     fingerprint_of,
@@ -29,6 +33,7 @@ from decal.verbs.target import (
     CHAT_TEMPLATE,
     LABELS,
     QUANTIZER,
+    RUN,
     base_of,
     metadata_json,
     read,
@@ -244,22 +249,50 @@ def recorded_quant(recorded: dict[str, Any] | None) -> QuantConfig:
 
 
 def save_adapter(
-    model: PreTrainedModel, path: str | Path, name: str = "default", *, force: bool = False
+    model: PreTrainedModel,
+    path: str | Path,
+    name: str = "default",
+    *,
+    force: bool = False,
+    run: Mapping[str, Any] | None = None,
 ) -> Adapter:
     """Writes one attached adapter as a PEFT folder, with the facts that `load` and `merge` need.
 
+    Args:
+        path: the folder.
+        name: which adapter.
+        force: replace a folder that is there.
+        run: the training that has just ended, as `run_facts` says it.
+
     Raises:
-        AdapterError: the model has no such adapter.
+        AdapterError: the model has no such adapter, or trains what belongs to none.
         OutputError: the folder is there and not empty, and `force` is not set.
         VerificationError: what was read again is not what was written.
     """
-    adapter = adapter_of(model, name)
+    known(require(model), name)
+    refuse_lost(model, name)
+    adapter = adapter_of(model, name, run)
     adapter.save_pretrained(path, force=force)
     return adapter
 
 
-def adapter_of(model: PreTrainedModel, name: str = "default") -> Adapter:
-    """The attached adapter as an object, with base, fingerprint and quantizer recorded."""
+def adapter_of(
+    model: PreTrainedModel, name: str = "default", run: Mapping[str, Any] | None = None
+) -> Adapter:
+    """The attached adapter as an object, with base, fingerprint, quantizer and past recorded."""
+    adapter = Adapter.from_model(model, name, **_facts(model))
+    came_with = require(model).metadata.get(name, {})
+    metadata = dict(adapter.metadata)
+    if CHAT_TEMPLATE in came_with:
+        metadata.setdefault(CHAT_TEMPLATE, came_with[CHAT_TEMPLATE])
+    past = history(runs_of(came_with), adapter, run)
+    if past is not None:
+        metadata[RUN] = past
+    return replace(adapter, metadata=metadata)
+
+
+def _facts(model: PreTrainedModel) -> dict[str, Any]:
+    """What the loaded base adds to an adapter: where it lies, which one it is, how it is packed."""
     info: hf.BaseInfo | None = getattr(model, "decal_base", None)
     metadata = {"decal.version": __version__}
     facts: dict[str, Any] = {"metadata": metadata}
@@ -267,7 +300,7 @@ def adapter_of(model: PreTrainedModel, name: str = "default") -> Adapter:
         metadata[LABELS] = json.dumps(labels)
         facts["task_type"] = "SEQ_CLS"
     if info is None:
-        return Adapter.from_model(model, name, **facts)
+        return facts
     if info.chat_template is not None:
         metadata[CHAT_TEMPLATE] = info.chat_template
     base = {
@@ -281,4 +314,4 @@ def adapter_of(model: PreTrainedModel, name: str = "default") -> Adapter:
     quantizer = quantizer_facts(model)
     if quantizer is not None:
         metadata[QUANTIZER] = json.dumps(quantizer, sort_keys=True)
-    return Adapter.from_model(model, name, **facts, base=info.path, revision=info.revision)
+    return {**facts, "base": info.path, "revision": info.revision}

@@ -20,6 +20,7 @@ QUANTIZER = "decal.quantizer"
 BASE = "decal.base"
 LABELS = "decal.labels"
 CHAT_TEMPLATE = "decal.chat_template"
+RUN = "decal.run"
 _TEXTS = ("path", "revision", "commit", "dtype", "fingerprint", "format", "identity")
 """Entries of BASE and QUANTIZER that are text or null."""
 

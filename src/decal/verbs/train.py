@@ -32,6 +32,7 @@ from decal.train.room import fitting
 from decal.verbs.findings import before
 from decal.verbs.inputs import ADAPTER, look, refuse_own_output
 from decal.verbs.load import save_adapter
+from decal.verbs.provenance import run_facts
 from decal.verbs.same_base import fingerprint_of
 from decal.verbs.session import Say, Session, begin
 from decal.version import __version__
@@ -135,7 +136,7 @@ def train(
 def _finish(session: Session, run: RunFolder, result: Result) -> tuple[Path, dict[str, float]]:
     """Leaves weights, curve and result in the run folder; where the weights are, and scores."""
     session.model.eval()
-    weights = _save(session, run)
+    weights = _save(session, run, result)
     write_bytes(run.path / "loss.png", loss_png(run.metrics(), run.path.name))
     session.eval_batches = fitting(session.eval_batches, result.micro_batch_tokens)
     scores = session.scores()
@@ -249,7 +250,7 @@ def _job(session: Session, run: RunFolder, observe: Callable[[Event], None], res
     )
 
 
-def _save(session: Session, run: RunFolder) -> Path:
+def _save(session: Session, run: RunFolder, result: Result) -> Path:
     if isinstance(session.config.adapter, FullConfig):
         out = run.path / "model"
         with atomic_folder(out, force=True) as place:
@@ -257,7 +258,8 @@ def _save(session: Session, run: RunFolder) -> Path:
             session.tokenizer.save_pretrained(place)
         return out
     out = run.path / "adapter"
-    save_adapter(session.model, out, ADAPTER, force=True)
+    facts = run_facts(session.config, run.info(), result)
+    save_adapter(session.model, out, ADAPTER, force=True, run=facts)
     return out
 
 
