@@ -3,7 +3,7 @@
 `main` is the one place where exceptions become exit codes:
 
     0  done            1  rightly asked work failed, or the answer is no
-    2  asked wrongly   130  Ctrl-C
+    2  asked wrongly   130  Ctrl-C          143  SIGTERM
 
 Commands import their verb when they run: `--help` imports neither torch nor rich nor a layer of
 decal, so it is there at once. (typer itself takes pydantic to describe a command's options.)
@@ -24,6 +24,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from decal import __version__
 from decal.cli import (
+    check,
     compare,
     completion,
     console,
@@ -77,6 +78,7 @@ app = typer.Typer(
 for module in (
     quickstart,
     init,
+    check,
     train,
     generate,
     compare,
@@ -110,6 +112,7 @@ def decal(
     """\b
     decal quickstart                    see it work in a minute, no downloads
     decal init run.yaml                 settings, every one explained
+    decal check run.yaml                what is wrong with them, in a minute
     decal train run.yaml                train the adapter they describe
 
     LoRA and QLoRA fine-tuning that fits the machine you have, and proves what it did.

@@ -22,6 +22,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, show the plan, train nothing.")
     ] = False,
+    no_check: Annotated[
+        bool, typer.Option("--no-check", help="Train in spite of what `decal check` warns of.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing run folder.")] = False,
 ) -> None:
     """\b
@@ -44,6 +47,7 @@ def train(
             resume=resume,
             force=force,
             dry_run=dry_run,
+            check=not no_check,
             observe=progress.observe,
             say=progress.say,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -39,6 +40,21 @@ def marked(pieces: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
         else:
             text.append(f"[[{piece}]]")
     return text
+
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+def curve(values: Sequence[float], width: int = 60) -> str:
+    """Values as one line of blocks, from 0 to the largest; at most `width` of them, evenly spaced.
+
+    What is not a number or not finite is a `?`.
+    """
+    if len(values) > width:
+        step = (len(values) - 1) / (width - 1)
+        values = [values[round(i * step)] for i in range(width)]
+    top = max((v for v in values if isfinite(v)), default=0.0) or 1.0
+    return "".join(BLOCKS[round(max(v, 0) / top * 7)] if isfinite(v) else "?" for v in values)
 
 
 def size(count: int | None) -> str:

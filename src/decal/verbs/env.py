@@ -50,7 +50,7 @@ def env() -> dict[str, Any]:
             "python": platform.python_implementation(),
         },
         "cpu": _cpu(),
-        "memory": _memory(),
+        "memory": memory(),
         "gpus": _gpus(),
         "kernels": {name: _choice(choice) for name, choice in ops.explain().items()},
     }
@@ -97,7 +97,7 @@ def _usable_cores() -> int | None:
     return len(affinity(0)) if affinity else os.cpu_count()
 
 
-def _memory() -> dict[str, int]:
+def memory() -> dict[str, int]:
     """Bytes of memory, of what is free now, and of a container's limit if there is one."""
     found: dict[str, int] = {}
     for line in _read("/proc/meminfo").splitlines():

@@ -132,7 +132,7 @@ def _tokens(found: DataSummary, settings: DataConfig) -> list[Finding]:
     findings = [
         _finding(
             "ok",
-            f"{found.tokens:,} tokens; the longest row is {found.longest_row:,} with"
+            f"{found.tokens:,} tokens; the longest is row {found.longest_row:,} with"
             f" {found.longest:,}",
         )
     ]
