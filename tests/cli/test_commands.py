@@ -86,17 +86,20 @@ def test_a_dry_run_prints_no_result(
 def test_merge(verb: Any, paths: list[str], base: str | None) -> None:
     """Fails when base and adapter are swapped, or an option is dropped."""
     called = verb("merge", Summary())
-    assert main(["merge", *paths, "-o", "m", "--dtype", "fp32", "--onto", "original"]) == 0
+    more = ["--quantize", "int8", "--verify", "rows.jsonl", "--allow-other-base"]
+    args = ["merge", *paths, "-o", "m", "--dtype", "fp32", "--onto", "original", *more]
+    assert main(args) == 0
     assert called.args == (base, "a", Path("m"))
     assert called.kwargs.pop("observe")
-    wanted = {
+    assert called.kwargs == {
         "dtype": "fp32",
         "onto": "original",
+        "quantize": "int8",
+        "verify": "rows.jsonl",
         "force": False,
         "trust_remote_code": False,
-        "allow_other_base": False,
+        "allow_other_base": True,
     }
-    assert called.kwargs == wanted
 
 
 def test_quantize(verb: Any, capsys: pytest.CaptureFixture[str]) -> None:

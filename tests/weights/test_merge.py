@@ -127,7 +127,7 @@ def test_the_folder_is_a_model_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert sorted(f.name for f in out.iterdir()) == sorted(
         [*SHARDS, "model.safetensors.index.json", "config.json", "tokenizer.json",
-         "chat_template.jinja"]
+         "chat_template.jinja", "decal_record.json"]
     )  # fmt: skip
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == report.nbytes

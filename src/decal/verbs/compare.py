@@ -73,7 +73,7 @@ def compare(
     loaded = {name: adapter for name, (_, adapter) in found.items()}
     _refuse_mixed(loaded, base, allow_other_base)
     reading = _reading({name: target for name, (target, _) in found.items()})
-    rows = _rows(data, reading, limit) if data else None
+    rows = rows_as_read(data, reading, limit) if data else None
     model, tokenizer = _attached(loaded, base, trust_remote_code, allow_other_base)
     asked = exam(model, tokenizer, rows) if rows else None
     as_chat = tokenizer.chat_template is not None and labels_of(model) is None
@@ -168,7 +168,8 @@ def _reading(targets: Mapping[str, Target]) -> DataConfig:
     return reading
 
 
-def _rows(data: str | DataConfig, reading: DataConfig, limit: int | None) -> DataConfig:
+def rows_as_read(data: str | DataConfig, reading: DataConfig, limit: int | None) -> DataConfig:
+    """Settings for the rows of a path that is read as `reading` reads its own."""
     if isinstance(data, DataConfig):
         return data.model_copy(update={"limit": limit or data.limit})
     fields = {key: getattr(reading, key) for key in _READING}

@@ -29,7 +29,9 @@ from decal.quant.bnb import (
 )
 from decal.quant.linear import QuantLinear
 from decal.store.base import BaseFiles, open_base
+from decal.store.fingerprint import fingerprint
 from decal.store.tensorfile import TORCH_DTYPES, TensorEntry, TensorSpec, dtype_name
+from decal.version import __version__
 from decal.weights.rewrite import Rewrite, rewrite_files
 
 Dtype = Literal["keep", "bf16", "fp16", "fp32"]
@@ -114,6 +116,7 @@ def quantize(
         dtype=rounded,
         force=force,
         observe=observe,
+        facts=_facts("quantize", model, files, describe(recipe)),
     )
     skeleton.to(compute)
     return Converted(
@@ -129,6 +132,12 @@ def quantize(
 
 def _opened(model: str | Path, revision: str | None) -> BaseFiles:
     return open_base(hf.local_folder(str(model), revision))
+
+
+def _facts(verb: str, model: str | Path, files: BaseFiles, stored: str) -> dict[str, Any]:
+    """What the record of the folder says of its making."""
+    source = {"path": str(model), "fingerprint": fingerprint(files)}
+    return {"decal": __version__, "made_by": verb, "source": source, "stored": stored}
 
 
 def _refuse_stored(files: BaseFiles, model: str | Path) -> None:
@@ -237,6 +246,7 @@ def dequantize(
         dtype=target,
         force=force,
         observe=observe,
+        facts=_facts("dequantize", model, files, str(target).removeprefix("torch.")),
     )
     skeleton.to(target)
     return Converted(

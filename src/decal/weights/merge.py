@@ -35,6 +35,7 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +51,7 @@ from decal.errors import (
 from decal.store.base import INDEX_NAME, BaseFiles, copy_side_files, side_files
 from decal.store.files import atomic_folder, check_free, require_space, write_json, write_text
 from decal.store.fingerprint import combine
+from decal.store.record import write_record
 from decal.store.tensorfile import (
     TORCH_DTYPES,
     TensorEntry,
@@ -64,7 +66,13 @@ from decal.weights.changes import FLOATS, Changes, check_changes
 from decal.weights.delta import add_delta, cast
 from decal.weights.verify import Finding, Verification, check_delta
 
-__all__ = ["MergeDtype", "MergeReport", "merge_files"]
+__all__ = [
+    "MergeDtype",
+    "MergeReport",
+    "compare_files",
+    "merge_files",
+    "wrong_merge",
+]
 
 MergeDtype = Literal["keep", "bf16", "fp16", "fp32"]
 
@@ -102,6 +110,31 @@ class MergeReport:
     """What was found when the touched tensors were read again."""
 
 
+def wrong_merge(problem: VerificationError, folder: Path, out: Path) -> VerificationError:
+    """Moves a wrong output to a free name beside `out`, and the error that says so."""
+    place = Path(os.path.realpath(out))
+    aside = place.with_name(f"{place.name}.failed-verification")
+    tries = 1
+    while aside.exists():
+        tries += 1
+        aside = place.with_name(f"{place.name}.failed-verification-{tries}")
+    os.rename(folder, aside)
+    return VerificationError(
+        problem.message,
+        details=[*problem.details, f"what was written is kept in `{aside}`; `{out}` was not made"],
+        hint=problem.hint or "this is a bug in decal or a faulty disk; please report it",
+    )
+
+
+@contextmanager
+def _kept_aside(folder: Path, out: Path) -> Iterator[None]:
+    """If the block finds the complete `folder` wrong, it is kept under another name."""
+    try:
+        yield
+    except VerificationError as error:
+        raise wrong_merge(error, folder, out) from error
+
+
 @dataclass
 class _Job:
     """One merge under way."""
@@ -119,17 +152,20 @@ class _Job:
     done: int = 0
     specs: dict[str, TensorSpec] = field(init=False)
     nbytes: int = field(init=False)
+    work: int = field(init=False)
+    """Bytes to be written, to be read again, and to be held against the base."""
 
     def __post_init__(self) -> None:
         self.specs = {key: spec for shard in self.shards.values() for key, spec in shard.items()}
         self.nbytes = sum(spec.nbytes for spec in self.specs.values())
+        checked = self.changes.deltas.keys() & self.specs.keys()
+        self.work = 2 * self.nbytes + sum(self.specs[key].nbytes for key in checked)
 
     def advance(self, count: int) -> None:
-        """All is written and read again, and what has a delta is held against it."""
+        """Tells how far the work is."""
         self.done += count
         if self.observe is not None:
-            checked = sum(self.specs[key].nbytes for key in self.changes.deltas)
-            self.observe(self.done, 2 * self.nbytes + checked)
+            self.observe(self.done, self.work)
 
 
 def merge_files(
@@ -140,6 +176,8 @@ def merge_files(
     dtype: MergeDtype = "keep",
     force: bool = False,
     observe: Callable[[int, int], None] | None = None,
+    facts: Mapping[str, Any] | None = None,
+    check: Callable[[Path, Verification], Mapping[str, Any]] | None = None,
 ) -> MergeReport:
     """Writes the merged model to the folder `out`.
 
@@ -149,6 +187,9 @@ def merge_files(
         changes: what becomes of which tensor. Every delta and tensor is used exactly once.
         dtype: of all floating tensors; `keep` leaves each as it is stored.
         observe: called with bytes done and bytes in total, reading again included.
+        facts: what the folder's record says of base and adapter (store/record.py).
+        check: a further look at the complete folder before it is put in place; what it returns
+            goes into the record, and its VerificationError fails the merge.
 
     Raises:
         AdapterError: changes of keys the base lacks, or of other shapes (all collected).
@@ -171,12 +212,15 @@ def merge_files(
         for name, specs in job.shards.items():
             hashes.update(_write_shard(job, folder / name, specs))
         _write_rest(job, folder)
-        try:
+        with _kept_aside(folder, target):
             verification = _verified(job, folder)
-        except VerificationError as error:
-            raise _kept_aside(error, folder, target) from error
         _survived(verification)
-    return _report(job, target, hashes, verification)
+        with _kept_aside(folder, target):
+            looked = check(folder, verification) if check is not None else {}
+        report = _report(job, target, hashes, verification)
+        said = {**(facts or {}), "verification": {**verification.facts(), **looked}}
+        write_record(folder, said, report.fingerprint, hashes)
+    return report
 
 
 def _plain_base(base: BaseFiles) -> None:
@@ -330,6 +374,28 @@ def _verified(job: _Job, folder: Path) -> Verification:
 
 
 def _checked(job: _Job, key: str, entry: TensorEntry) -> Finding:
+    found = _finding(job, key, load_tensor(entry))
+    job.advance(entry.spec.nbytes)
+    return found
+
+
+def compare_files(
+    base: BaseFiles, changes: Changes, read: Callable[[str], Tensor]
+) -> tuple[Finding, ...]:
+    """Holds tensors of any origin against base + adapter, one finding for each delta.
+
+    Args:
+        read: file key -> W' in the file's orientation: a merge of another day, or one that was
+            quantized, dequantized again.
+
+    Raises:
+        AdapterError, QuantError: as `merge_files`.
+    """
+    job = _plan(base, changes, "keep")
+    return tuple(_finding(job, key, read(key)) for key in changes.deltas)
+
+
+def _finding(job: _Job, key: str, after: Tensor) -> Finding:
     changes = job.changes
     before, stored = _before(job, key), None
     source, weight = job.sources[key], changes.dequantized.get(key)
@@ -337,9 +403,7 @@ def _checked(job: _Job, key: str, entry: TensorEntry) -> Finding:
         stored = changes.compared[key].convert(load_tensor(source))
     elif weight is not None and weight.spec is None and key not in changes.replaced:
         stored = load_tensor(source)
-    found = check_delta(key, before, load_tensor(entry), changes.deltas[key], stored)
-    job.advance(entry.spec.nbytes)
-    return found
+    return check_delta(key, before, after, changes.deltas[key], stored)
 
 
 def _same(job: _Job, entry: TensorEntry) -> bool:
@@ -348,22 +412,6 @@ def _same(job: _Job, entry: TensorEntry) -> bool:
     own = changes.replaced.get(entry.key, changes.added.get(entry.key))
     assert own is not None
     return torch.equal(found, own.to(found.dtype))
-
-
-def _kept_aside(error: VerificationError, folder: Path, target: Path) -> VerificationError:
-    """Moves the wrong output out of the way, to a name that says what it is."""
-    place = Path(os.path.realpath(target))
-    aside = place.with_name(f"{place.name}.failed-verification")
-    tries = 1
-    while aside.exists():
-        tries += 1
-        aside = place.with_name(f"{place.name}.failed-verification-{tries}")
-    os.rename(folder, aside)
-    return VerificationError(
-        error.message,
-        details=[*error.details, f"what was written is kept in `{aside}`; `{target}` was not made"],
-        hint=error.hint or "this is a bug in decal or a faulty disk; please report it",
-    )
 
 
 def _survived(verification: Verification) -> None:

@@ -27,6 +27,8 @@ from torch import Tensor
 from decal.errors import BaseModelError, OutputError
 from decal.store.base import INDEX_NAME, BaseFiles, copy_side_files, side_files
 from decal.store.files import atomic_folder, check_free, require_space, write_json
+from decal.store.fingerprint import combine
+from decal.store.record import write_record
 from decal.store.tensorfile import (
     TORCH_DTYPES,
     TensorSpec,
@@ -100,6 +102,7 @@ def rewrite_files(
     dtype: torch.dtype | None = None,
     force: bool = False,
     observe: Callable[[int, int], None] | None = None,
+    facts: Mapping[str, Any] | None = None,
 ) -> int:
     """Writes the folder `out` and returns the bytes of its tensors.
 
@@ -107,6 +110,7 @@ def rewrite_files(
         config_changes: of config.json; a value of None takes the entry out.
         dtype: of all floating tensors that no rewrite takes; None leaves each as it is stored.
         observe: called with bytes done and bytes in total, reading again included.
+        facts: what the folder's record says of its making (store/record.py).
 
     Raises:
         BaseModelError: a file became unreadable.
@@ -123,14 +127,18 @@ def rewrite_files(
     beside = sum((base.folder / name).stat().st_size for name in side_files(base.folder))
     require_space(target, job.nbytes + beside + _ROOM)
     with atomic_folder(target, force=force, marker="config.json") as folder:
+        hashes: dict[str, str] = {}
         for shard in base.shards:
             specs = job.shards[shard.path.name]
             chunks = _chunks_of(job, specs)
             metadata = {"format": "pt"} | shard.metadata
-            write_verified(folder / shard.path.name, specs, chunks, metadata, job.advance)
+            path = folder / shard.path.name
+            hashes |= write_verified(path, specs, chunks, metadata, job.advance)
             job.kept.clear()
             job.last.clear()
         _write_rest(job, folder, config_changes, dtype)
+        written = {key: spec for shard in job.shards.values() for key, spec in shard.items()}
+        write_record(folder, facts or {}, combine(written, hashes), hashes)
     return job.nbytes
 
 
