@@ -10,6 +10,7 @@ peers and decal into it. The document says what was seen in the run that wrote i
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 import textwrap
 from importlib.metadata import PackageNotFoundError, version
@@ -77,8 +78,9 @@ def overview(rows: dict[str, Row]) -> str:
     lines = ["| | situation | today's tools | decal |", "| --- | --- | --- | --- |"]
     for name, row in rows.items():
         for i, case in enumerate(row.cases):
-            peers = "; ".join(f"{s.who}: {WORDS[s.verdict]}" for s in case.seen if s.who != "decal")
-            ours = ", ".join(WORDS[s.verdict] for s in case.seen if s.who == "decal")
+            texts = [f"{s.who}: {WORDS[s.verdict]}" for s in case.seen]
+            peers = "; ".join(text for text in texts if not text.startswith("decal"))
+            ours = "; ".join(re.sub("^decal[:,] ", "", t) for t in texts if t.startswith("decal"))
             lines.append(f"| {name if i == 0 else ''} | {case.what} | {peers} | {ours} |")
     return "\n".join(lines)
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from bench.failures_row import Case, MakeRow, Row, Seen, watched
+from bench.failures_row import Case, Heard, MakeRow, Row, Seen, watched
 from decal import demo
 from decal.config import LoraConfig
 from decal.model.inject import adapter_state, attach, use
+from decal.verbs.load import load_base
 from decal.verbs.merge import Merged, merge
+from decal.weights import merge as files
+from decal.weights.delta import FileDelta, add_delta, cast
 from tests import zoo
 from tests.failures.situations import LIGHT, draw, logits, off, read, tuned
 
@@ -66,6 +70,7 @@ def f1(folder: Path) -> Row:
             far = off(logits(model), wanted, alone)
         done, ours = merged(adapter, folder / f"{ratio}-merged")
         own = off(ours, *trained)
+        assert done.report.verification.error is not None
         cases.append(
             Case(
                 what=f"a delta of {100 * ratio:g} % of the weights' size, base in NF4",
@@ -81,8 +86,10 @@ def f1(folder: Path) -> Row:
                         who="decal",
                         verdict="right" if own < RIGHT else "silent",
                         text=f"writes {done.report.dtype} onto the dequantized weights: off by "
-                        f"{own:.3f}; reports weights_unmoved_by_rounding {done.report.unmoved:.3f}",
+                        f"{own:.3f}; reports that rounding changed the delta by "
+                        f"{100 * done.report.verification.error:.1f} %",
                     ),
+                    _packed_again(adapter, folder / f"{ratio}-packed", trained),
                 ],
             )
         )
@@ -93,6 +100,22 @@ def f1(folder: Path) -> Row:
         f"{RIGHT:g} of the adapter's effect, which leaves room for bf16.",
         cases=[*cases, _after_a_pass(folder)],
         threads=("peft#2321", "peft#1043", "peft#2105", "peft#2501", "mlx-lm#1172", "mflux#668"),
+    )
+
+
+def _packed_again(adapter: Path, out: Path, trained: tuple[Tensor, Tensor]) -> Seen:
+    """decal, asked to quantize what it merged."""
+    far, kept = math.inf, 0.0
+    with watched() as heard:
+        done = merge(None, adapter, out, quantize="nf4")
+        model, _ = load_base(out, dtype="float32", device="cpu")
+        far = off(logits(model), *trained)
+        kept = done.packed["survival"] if done.packed else 0.0
+    text = f"reports that {100 * kept:.1f} % of the delta survive; off by {far:.2f}"
+    return Seen(
+        who="decal, --quantize nf4",
+        verdict="told" if heard.error is None else "error",
+        text=text if heard.error is None else heard.words(),
     )
 
 
@@ -138,6 +161,8 @@ def f2(folder: Path) -> Row:
             model = peft.PeftModel.from_pretrained(plain(BASE), adapter).merge_and_unload()
             far = off(logits(model), *trained)
         done, ours = merged(adapter, folder / f"{ratio}-merged", dtype="fp32")
+        apart = done.report.verification.quantization
+        assert apart is not None
         cases.append(
             Case(
                 what=f"a delta of {100 * ratio:g} % of the weights' size, all in float32",
@@ -152,7 +177,8 @@ def f2(folder: Path) -> Row:
                         who="decal",
                         verdict="right" if off(ours, *trained) < 1e-3 else "silent",
                         text=f"onto the {done.onto} base by default: off by "
-                        f"{off(ours, *trained):.1e}",
+                        f"{off(ours, *trained):.1e}; reports that the original weights are "
+                        f"{apart['all']:.2f} deltas away",
                     ),
                 ],
             )
@@ -187,9 +213,9 @@ def f3(folder: Path) -> Row:
         model = model.merge_and_unload(safe_merge=True)
     done = merge(None, folder / "a", folder / "m").report
     wide = merge(None, folder / "a", folder / "w", dtype="fp32").report
-    assert done.survival is not None
     assert done.unmoved is not None
-    assert wide.survival is not None
+    assert done.verification.error is not None
+    assert wide.verification.error is not None
     return Row(
         title="bf16 rounds a small delta away, unsaid",
         failure="bf16 has 8 bits of precision. What is smaller than half of a weight's last place "
@@ -207,14 +233,97 @@ def f3(folder: Path) -> Row:
                         who="decal",
                         verdict="told",
                         text=f"{lost(load_file(folder / 'm' / 'model.safetensors'))}; reports "
-                        f"delta_kept_by_rounding {done.survival:.3f} and "
-                        f"weights_unmoved_by_rounding {done.unmoved:.3f}; with --dtype fp32 "
-                        f"{wide.survival:.3f} is kept",
+                        f"{100 * done.verification.error:.1f} % and {100 * done.unmoved:.1f} %; "
+                        f"with --dtype fp32 {100 * wide.verification.error:.2g} %",
                     ),
                 ],
             )
         ],
         threads=("torchtune#1101", "peft#1388", "unsloth#3091"),
+    )
+
+
+def f4(folder: Path) -> Row:
+    """Merges that went wrong."""
+    tuned(folder / "a", ratio=LIGHT)
+    large = zoo.save("llama", folder / "base", torch.float16)
+    tuned(folder / "large", large, ratio=1e7)
+    return Row(
+        title="What was merged is not compared with what was meant",
+        failure="A merge is checked for NaN, on request. Whether the file holds base and adapter "
+        "is looked at by nobody.",
+        cases=[
+            _faulty(folder, "a delta of zeros in one layer of 28 (a fault put into both)"),
+            _damaged(folder, "one number of one weight damaged in the written file, in both"),
+            _overflow(folder / "large", large, "a sum that float16 cannot hold"),
+        ],
+    )
+
+
+def _faulty(folder: Path, what: str) -> Case:
+    module = "model.layers.2.mlp.up_proj"
+    model = peft.PeftModel.from_pretrained(plain(BASE, torch.bfloat16), folder / "a")
+    layer: Any = model.base_model.model.get_submodule(module)
+    zeros = torch.zeros_like(layer.base_layer.weight)
+    with mock.patch.object(layer, "get_delta_weight", return_value=zeros), watched() as heard:
+        model.merge_and_unload(safe_merge=True)
+
+    def faulty(key: str, weight: Tensor, delta: FileDelta, dtype: torch.dtype) -> Tensor:
+        wrong = key == f"{module}.weight"
+        return cast(key, weight, dtype) if wrong else add_delta(key, weight, delta, dtype)
+
+    with mock.patch.object(files, "add_delta", faulty), watched() as ours:
+        merge(None, folder / "a", folder / "faulty")
+    return _told_or_not(what, heard, ours)
+
+
+def _damaged(folder: Path, what: str) -> Case:
+    key = "model.layers.2.mlp.up_proj.weight"
+
+    def damage(place: Path) -> None:
+        tensors = load_file(place / "model.safetensors")
+        tensors[key].view(-1)[1234] += 0.5
+        save_file(tensors, place / "model.safetensors", {"format": "pt"})
+
+    with watched() as heard:
+        model = peft.PeftModel.from_pretrained(plain(BASE, torch.bfloat16), folder / "a")
+        model.merge_and_unload(safe_merge=True).save_pretrained(folder / "peft")
+        damage(folder / "peft")
+        plain(folder / "peft")
+    write_rest = files._write_rest
+
+    def written(job: Any, place: Path) -> None:
+        write_rest(job, place)
+        damage(place)
+
+    with mock.patch.object(files, "_write_rest", written), watched() as ours:
+        merge(None, folder / "a", folder / "damaged")
+    return _told_or_not(what, heard, ours)
+
+
+def _overflow(adapter: Path, base: Path, what: str) -> Case:
+    with watched() as heard:
+        model = peft.PeftModel.from_pretrained(plain(base, torch.float16), adapter)
+        model.merge_and_unload()
+    with watched() as safe:
+        model = peft.PeftModel.from_pretrained(plain(base, torch.float16), adapter)
+        model.merge_and_unload(safe_merge=True)
+    with watched() as ours:
+        merge(None, adapter, adapter.with_name("overflow"))
+    case = _told_or_not(what, safe, ours)
+    first = Seen(
+        who="peft", verdict=heard.verdict(False), text=f"merge_and_unload: {heard.words()}"
+    )
+    return Case(what=what, seen=[first, *case.seen])
+
+
+def _told_or_not(what: str, heard: Heard, ours: Heard) -> Case:
+    return Case(
+        what=what,
+        seen=[
+            Seen(who="peft, safe_merge", verdict=heard.verdict(False), text=heard.words()),
+            Seen(who="decal", verdict=ours.verdict(False), text=ours.words()),
+        ],
     )
 
 
@@ -362,4 +471,4 @@ def _copy(model: Any, theirs: Any, names: list[str]) -> None:
                 layer.lora_B[name].bias.copy_(bias)
 
 
-ROWS: dict[str, MakeRow] = {"F1": f1, "F2": f2, "F3": f3, "F5": f5, "F16": f16}
+ROWS: dict[str, MakeRow] = {"F1": f1, "F2": f2, "F3": f3, "F4": f4, "F5": f5, "F16": f16}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from decal import demo
-from decal.errors import VerificationError
+from decal.errors import DecalWarning, VerificationError
 from decal.verbs.merge import merge
 from decal.verbs.plan_merge import changes_of, merging
 from decal.weights import merge as files
@@ -55,6 +55,14 @@ def test_the_shares_that_are_reported_are_those_in_the_files(tmp_path: Path) -> 
     summary = merge(None, tmp_path / "a", tmp_path / "s").summary()
     assert summary["delta_kept_by_rounding"] == report.survival
     assert summary["weights_unmoved_by_rounding"] == report.unmoved
+    assert report.verification.error == pytest.approx(lost(tmp_path / "m", meant), rel=1e-3)
+
+
+def test_rounding_that_is_half_the_delta_is_a_warning(tmp_path: Path) -> None:
+    """At a fifth of a light fine-tune. Fails when only a delta that is wholly lost is said."""
+    tuned(tmp_path / "a", ratio=LIGHT / 5)
+    with pytest.warns(DecalWarning, match="bfloat16 holds this update badly"):
+        merge(None, tmp_path / "a", tmp_path / "m")
 
 
 def test_float32_keeps_all_of_it(tmp_path: Path) -> None:

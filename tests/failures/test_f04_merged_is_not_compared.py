@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from decal.errors import VerificationError
 from decal.verbs.merge import merge
 from decal.weights import merge as files
 from decal.weights.delta import FileDelta, add_delta, cast
-from decal.weights.verify import Verification
+from decal.weights.verify import Finding, Verification
 from tests.failures.situations import LIGHT, tuned
 
 SHARD = "model.safetensors"
@@ -101,3 +103,27 @@ def test_a_right_merge_says_how_right(tmp_path: Path) -> None:
     exact = merge(None, tmp_path / "a", tmp_path / "w", dtype="fp32").report.verification
     assert exact.worst is not None
     assert exact.worst.relative < 1e-4
+
+
+def test_the_merged_model_is_compared_in_logits_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On request, relative to the adapter's own effect: a merge that did nothing is 1 away.
+
+    Fails when the distance is that of logits alone, which a small effect leaves small.
+    """
+    tuned(tmp_path / "a", ratio=0.1)
+    done = merge(None, tmp_path / "a", tmp_path / "m", verify="logits")
+    assert done.effect is not None
+    assert done.effect["distance"] < 0.25
+    checked = files._checked
+
+    def passed(*what: Any) -> Finding:
+        found = checked(*what)
+        return replace(found, off=0, relative=0.0, kept=found.meant, missed=0.0)
+
+    monkeypatch.setattr(files, "add_delta", nothing)
+    monkeypatch.setattr(files, "_checked", passed)
+    with pytest.raises(VerificationError, match=r"1\.00 of the adapter's effect away"):
+        merge(None, tmp_path / "a", tmp_path / "n", verify="logits")
+    assert not (tmp_path / "n").exists()
