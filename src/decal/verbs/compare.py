@@ -54,8 +54,7 @@ def compare(
             read its own rows (layout, columns, system); a DataConfig as it says.
         limit: use only the first so many rows.
         trust_remote_code: run Python code that comes with the base.
-        allow_other_base: warn where the base is not the one of an adapter's training, instead of
-            refusing; all must fit it, quantized alike.
+        allow_other_base: warn where the base is not an adapter's own, instead of refusing.
         observe: called with the name of a model, steps done and steps in total.
 
     Returns:
@@ -64,8 +63,7 @@ def compare(
 
     Raises:
         DecalError: neither prompts nor data, or the name `base` for an adapter.
-        AdapterError: adapters of different bases, quantizations or labels, or of runs that read
-            their rows differently.
+        AdapterError: adapters of different bases, quantizations, labels or readings of rows.
         DataError: rows or prompts that cannot be used.
     """
     _refuse_nothing(adapters, bool(prompts or data))
@@ -76,8 +74,7 @@ def compare(
     rows = rows_as_read(data, reading, limit) if data else None
     model, tokenizer = _attached(loaded, base, trust_remote_code, allow_other_base)
     asked = exam(model, tokenizer, rows) if rows else None
-    as_chat = tokenizer.chat_template is not None and labels_of(model) is None
-    turns = _turns(prompts or (), as_chat, reading.system)
+    turns = _turns(prompts or (), model, tokenizer, reading.system)
     results: dict[str, Any] = {}
     for name in (BASE_NAME, *loaded):
         if name == BASE_NAME and model.decal_base.new:
@@ -178,7 +175,10 @@ def rows_as_read(data: str | DataConfig, reading: DataConfig, limit: int | None)
     return DataConfig(path=data, limit=limit, eval=None, **fields)
 
 
-def _turns(prompts: Sequence[Prompt], chat: bool, system: str | None) -> list[Prompt]:
+def _turns(
+    prompts: Sequence[Prompt], model: Any, tokenizer: Any, system: str | None
+) -> list[Prompt]:
+    chat = tokenizer.chat_template is not None and labels_of(model) is None
     instruction = [{"role": "system", "content": system}] if system is not None else []
     return [
         [*instruction, {"role": "user", "content": prompt}]

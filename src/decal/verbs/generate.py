@@ -67,15 +67,19 @@ def generate(
         label, probability = classify(model, tokenizer, [prompt])[0]
         return Completion.of(label, probability=probability)
     as_chat = tokenizer.chat_template is not None if chat is None else chat
+    return complete_one(model, tokenizer, _asked(target, prompt, system, as_chat), chosen, stream)
+
+
+def _asked(target: str, prompt: str, system: str | None, as_chat: bool) -> Prompt:
+    """The prompt as it is, or as a user turn after the system message of the run's rows."""
+    if not as_chat:
+        if system is not None:
+            raise DecalError(
+                f"`{target}` has no chat template, so there is no place for a system message",
+                hint="put the text in front of the prompt",
+            )
+        return prompt
     data = data_settings(resolve(target))
-    system = data.system if system is None and data is not None and as_chat else system
-    if system is not None and not as_chat:
-        raise DecalError(
-            f"`{target}` has no chat template, so there is no place for a system message",
-            hint="put the text in front of the prompt",
-        )
-    asked: Prompt = prompt
-    if as_chat:
-        instruction = [{"role": "system", "content": system}] if system is not None else []
-        asked = [*instruction, {"role": "user", "content": prompt}]
-    return complete_one(model, tokenizer, asked, chosen, stream)
+    system = data.system if system is None and data is not None else system
+    instruction = [{"role": "system", "content": system}] if system is not None else []
+    return [*instruction, {"role": "user", "content": prompt}]
