@@ -22,6 +22,8 @@ class Summary:
     def summary(self) -> dict[str, Any]:
         return {"run": "runs/x", "steps": 1200}
 
+    readable = summary
+
 
 class Recorder:
     """Stands for a verb: keeps what it was called with."""

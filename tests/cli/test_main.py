@@ -28,6 +28,7 @@ COMMANDS = [
     "inspect",
     "diff",
     "merge",
+    "verify",
     "push",
     "quantize",
     "dequantize",

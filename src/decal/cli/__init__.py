@@ -39,6 +39,7 @@ from decal.cli import (
     quantize,
     quickstart,
     train,
+    verify,
 )
 from decal.errors import DecalError, Interrupted, nearest
 
@@ -85,6 +86,7 @@ for module in (
     inspect,
     diff,
     merge,
+    verify,
     push,
     quantize,
     dequantize,

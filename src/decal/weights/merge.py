@@ -69,6 +69,7 @@ from decal.weights.verify import Finding, Verification, check_delta
 __all__ = [
     "MergeDtype",
     "MergeReport",
+    "check_fit",
     "compare_files",
     "merge_files",
     "wrong_merge",
@@ -393,6 +394,11 @@ def compare_files(
     """
     job = _plan(base, changes, "keep")
     return tuple(_finding(job, key, read(key)) for key in changes.deltas)
+
+
+def check_fit(base: BaseFiles, changes: Changes) -> None:
+    """Raises as `merge_files` if the changes do not fit the base; reads no weight."""
+    _plan(base, changes, "keep")
 
 
 def _finding(job: _Job, key: str, after: Tensor) -> Finding:
