@@ -46,6 +46,7 @@ from decal.store.patterns import why_costly
 from decal.store.peft import LoraTensors, PeftAdapter, read_adapter, write_adapter
 from decal.store.run import RunFolder
 from decal.store.tensorfile import read_header
+from decal.train import train
 from decal.verbs.inspect import inspect
 from decal.verbs.load import labels_of
 from decal.verbs.target import BASE, LABELS, base_of
@@ -501,3 +502,39 @@ def test_names_that_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None
     shown = capsys.readouterr()
     assert "\\x1b[2J\\x9b" in shown.err
     assert not any(ord(char) < 32 and char != "\n" for char in shown.err + shown.out)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rng": {}}, {"rng": {"cpu": "AAAA"}}, {"rng": {"cpu": "%"}}, {"rng": []},
+        {"best": {"step": "x", "loss": 1.0}}, {"heard": {"updates": 1}}, {"stale": None},
+        {"seconds": "x"}, {"tokens": [1]}, {"circumstances": None}, {"settings": 3},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_checkpoints_of_another_kind(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """KeyError, TypeError, RuntimeError of torch's generator, in the middle of resuming."""
+    from decal.store.run import _state_hash
+    from tests.train.tiny_run import job
+
+    with RunFolder.create(tmp_path / "run", "tiny\n") as run:
+        train(job(run, max_steps=2, eval_every=2))
+    (file,) = (tmp_path / "run" / "checkpoints").glob("*/state.json")
+    document = json.loads(file.read_text())
+    document["state"] |= changes
+    document["state_sha256"] = _state_hash(document["state"])
+    file.write_text(json.dumps(document))
+    with (
+        RunFolder.open(tmp_path / "run") as run,
+        pytest.raises(StorageError, match="is not of this version of decal"),
+    ):
+        train(job(run, max_steps=4, resume=True))
+
+
+@pytest.mark.parametrize("line", ['{"step": "x"}', '{"step": 1, "loss": "x"}', '{"step": null}'])
+def test_metrics_of_another_kind(tmp_path: Path, line: str) -> None:
+    """TypeError when a run was resumed or inspected."""
+    (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 2, "loss": 1.0}}\n')
+    with pytest.raises(StorageError, match="1 of 2 lines are damaged"):
+        RunFolder.look(tmp_path).metrics()

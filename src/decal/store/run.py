@@ -369,7 +369,10 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = parse_json(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) else None
+    if not isinstance(row, dict) or type(row.get("step", 0)) is not int:
+        return None
+    numbers = [row.get(name) for name in ("loss", "eval_loss")]
+    return row if all(n is None or type(n) in (int, float) for n in numbers) else None
 
 
 def _finite(value: Any) -> Any:

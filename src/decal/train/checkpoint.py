@@ -98,8 +98,19 @@ def save(job: Job, optimizer: Optimizer, progress: Progress, seconds: float) -> 
     Raises:
         StorageError: the disk refused; the previous checkpoint is as it was.
     """
+    files = {"trainable": job.parameters, "optimizer": optimizer.tensors()}
+    tensors = {
+        stem: {name: t.detach().cpu() for name, t in named.items()} for stem, named in files.items()
+    }
+    state = _state(job, optimizer, progress, seconds)
+    job.run.write_checkpoint(progress.step, tensors, state, best=progress.best_step)
+    job.observe(Saved(step=progress.step))
+
+
+def _state(job: Job, optimizer: Optimizer, progress: Progress, seconds: float) -> dict[str, Any]:
+    """What state.json says of this moment."""
     best = {"step": progress.best_step, "loss": progress.best_loss}
-    state = {
+    return {
         "step": progress.step,
         "best": best if progress.best_step is not None else None,
         "scaler": optimizer.scaler_state(),
@@ -110,12 +121,55 @@ def save(job: Job, optimizer: Optimizer, progress: Progress, seconds: float) -> 
         "circumstances": circumstances(job, optimizer.device),
         "settings": job.settings.model_dump(mode="json"),
     }
-    files = {"trainable": job.parameters, "optimizer": optimizer.tensors()}
-    tensors = {
-        stem: {name: t.detach().cpu() for name, t in named.items()} for stem, named in files.items()
-    }
-    job.run.write_checkpoint(progress.step, tensors, state, best=progress.best_step)
-    job.observe(Saved(step=progress.step))
+
+
+def _checked(found: Checkpoint, meant: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of a checkpoint, if it has the entries of `meant`, each of its kind.
+
+    Raises:
+        StorageError: another version of decal wrote it, or somebody else.
+    """
+    state = found.state
+    # What may differ from run to run is asked for its kind only: a device, a new setting.
+    loose: dict[str, Any] = {"rng": {"cpu": ""}, "circumstances": {}, "settings": {}}
+    if state.get("best") is not None:
+        loose["best"] = {"step": 0, "loss": 0.0}
+    wrong = [k for k, value in {**meant, **loose}.items() if not _alike(value, state.get(k))]
+    if not wrong and not _is_generators(state["rng"], meant["rng"]):
+        wrong = ["rng"]
+    if wrong:
+        raise StorageError(
+            f"checkpoint `{found.path}` is not of this version of decal: {len(wrong)} entries of"
+            " its state are missing or of another kind",
+            details=[f"first: {wrong[0]}"],
+            hint="go on with the decal that began the run, or start over with --force",
+        )
+    return state
+
+
+def _is_generators(given: Mapping[str, Any], now: Mapping[str, str]) -> bool:
+    """Whether texts hold bytes, and as many as a generator of this torch takes."""
+    try:
+        sizes = {key: len(base64.b64decode(text, validate=True)) for key, text in given.items()}
+    except (TypeError, ValueError):
+        return False
+    wanted = {key: len(base64.b64decode(text)) for key, text in now.items()}
+    return all(sizes.get(key, size) == size for key, size in wanted.items())
+
+
+def _alike(meant: object, given: object) -> bool:
+    """Whether a JSON value is of the kind of another; what is null now may be a number."""
+    if isinstance(meant, dict):
+        if not isinstance(given, dict):
+            return False
+        return all(_alike(value, given.get(key)) for key, value in meant.items())
+    if meant is None:
+        return given is None or isinstance(given, int | float)
+    if isinstance(meant, int | float):
+        return isinstance(given, int | float)
+    if isinstance(meant, list):
+        return isinstance(given, list) and all(isinstance(item, str) for item in given)
+    return isinstance(given, str) and isinstance(meant, str)
 
 
 def require_space(job: Job, optimizer: Optimizer, saves: int) -> None:
@@ -139,7 +193,7 @@ def start(job: Job, optimizer: Optimizer) -> Progress:
         torch.manual_seed(job.settings.seed)
         job.run.truncate_metrics(0)
         return Progress()
-    state = found.state
+    state = _checked(found, _state(job, optimizer, Progress(), 0.0))
     if found.warning:  # the damaged one goes when there is a better one in its place
         job.observe(Note(text=found.warning))
     else:
