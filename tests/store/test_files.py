@@ -14,6 +14,7 @@ from decal.errors import ConfigError, OutputError, StorageError
 from decal.store.files import (
     atomic_folder,
     check_free,
+    file_lock,
     read_json,
     require_space,
     size_text,
@@ -175,6 +176,22 @@ def test_a_killed_writer_is_cleaned_up_after_and_a_living_one_is_not(tmp_path: P
     with atomic_folder(out, force=True) as folder:
         (folder / "b").write_text("1")
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_writers_file_is_swept_and_a_living_ones_is_not(tmp_path: Path) -> None:
+    """Fails when a temporary file stays for ever, or is taken from the process that writes it."""
+    dead, living = tmp_path / ".a.json.decal-1234abcd", tmp_path / ".a.json.decal-5678abcd"
+    other = tmp_path / ".b.json.decal-1234abcd"
+    for path in (dead, living, other):
+        path.write_text("half")
+    with living.open("rb") as handle:
+        assert file_lock(handle.fileno())
+        write_json(tmp_path / "a.json", {"x": 1})
+        left = {living.name, other.name, "a.json"}
+        assert {f.name for f in tmp_path.iterdir()} == left
+    write_json(tmp_path / "a.json", {"x": 2})
+    assert {f.name for f in tmp_path.iterdir()} == {other.name, "a.json"}
+    assert read_json(tmp_path / "a.json", ConfigError) == {"x": 2}
 
 
 def test_a_folder_moved_aside_by_a_killed_replacement_comes_back(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,16 +156,63 @@ def test_keys_of_a_state_may_be_numbers(tmp_path: Path) -> None:
         assert _steps(run) == [1]
 
 
-def test_rotation_keeps_the_newest_two_and_the_best(tmp_path: Path) -> None:
+def test_rotation_keeps_the_newest_two_and_their_best(tmp_path: Path) -> None:
+    """Fails when the best of the newest but one goes: it is needed if the newest is damaged."""
     with RunFolder.create(tmp_path / "run", "") as run:
         for step in (10, 20, 30, 40, 50):
             _checkpoint(run, step, best=20 if step >= 20 else 10)
         assert _steps(run) == [20, 40, 50]
         assert run.checkpoint(20).state["step"] == 20
-        _checkpoint(run, 60)
-        assert _steps(run) == [50, 60]
-        _checkpoint(run, 60)  # written again after a resume
-        assert _steps(run) == [50, 60]
+        _checkpoint(run, 60, best=60)
+        assert _steps(run) == [20, 50, 60]
+        _checkpoint(run, 60, best=60)  # written again after a resume
+        assert _steps(run) == [20, 50, 60]
+        _checkpoint(run, 70, best=60)
+        assert _steps(run) == [60, 70]
+
+
+def test_a_rotation_that_was_cut_short_is_ended(tmp_path: Path) -> None:
+    """Fails when a later checkpoint goes, which a resumed run has not replaced yet."""
+    with RunFolder.create(tmp_path / "run", "") as run:
+        for step in (1, 2, 3, 4):
+            path = _checkpoint(run, step)
+            shutil.copytree(path, tmp_path / path.name)
+        for step in (1, 2):
+            shutil.copytree(tmp_path / f"step-{step:08d}", path.with_name(f"step-{step:08d}"))
+        (path.parent / ".step-00000002.decal-1234abcd").mkdir()
+        assert _steps(run) == [1, 2, 3, 4]
+        run.rotate(4)
+        assert [f.name for f in sorted(path.parent.iterdir())] == [
+            "step-00000003", "step-00000004",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("left", [".lock", ".run.yaml.decal-1234abcd", ".run.decal-1234abcd"])
+def test_a_run_killed_before_it_began_is_no_run(tmp_path: Path, left: str) -> None:
+    """Fails when its leftovers ask for --force, or stay."""
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / left).write_text("base: x")
+    with pytest.raises(OutputError, match="holds no run"):
+        RunFolder.open(path)
+    with RunFolder.create(path, "base: y\n") as run:
+        assert run.settings == "base: y\n"
+        assert sorted(f.name for f in path.iterdir()) == [".lock", "run.yaml"]
+
+
+def test_a_lock_needs_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The owner's id cannot be written on a full disk. Fails when that is an error of its own."""
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with RunFolder.create(tmp_path / "run", "x"):
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        held = RunFolder.open(tmp_path / "run")
+    with held, pytest.raises(OutputError, match=r"id unknown\) trains into"):
+        RunFolder.open(tmp_path / "run")
 
 
 DAMAGE = {

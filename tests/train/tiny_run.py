@@ -170,7 +170,7 @@ class MemoryRun:
         files = {s: {k: v.clone() for k, v in named.items()} for s, named in tensors.items()}
         self.kept[step] = Held(step, json.loads(json.dumps(state)), files)
 
-    def rotate(self, newest: int, best: int | None) -> None:
+    def rotate(self, newest: int) -> None:
         pass
 
     def require_space(self, checkpoint: int, count: int, result: int) -> None:

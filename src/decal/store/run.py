@@ -53,7 +53,8 @@ __all__ = ["Checkpoint", "RunFolder"]
 
 _STEP = re.compile(r"step-(\d{8,})")
 _KEPT = 2
-"""Newest checkpoints that rotation leaves; two, so that one may turn out damaged."""
+"""Newest checkpoints that rotation leaves, each with the best one it knew; two, so that one may
+turn out damaged."""
 _OWN = (
     "run.yaml",
     "info.json",
@@ -229,7 +230,7 @@ class RunFolder:
         *,
         best: int | None = None,
     ) -> Path:
-        """Writes checkpoints/step-N, then removes all but the newest two and that of step `best`.
+        """Writes checkpoints/step-N, then removes all but the newest two and the best of each.
 
         Checkpoints of later steps go too: they are damaged ones that a resumed run had passed over.
 
@@ -245,12 +246,13 @@ class RunFolder:
             self._sync_metrics()
             document = {
                 "step": step,
+                "best": best,
                 "sha256": {file.name: _hash(file) for file in sorted(place.iterdir())},
                 "state_sha256": _state_hash(plain),
                 "state": plain,
             }
             write_json(place / "state.json", document)
-        self.rotate(step, best)
+        self.rotate(step)
         return folder
 
     def require_space(self, checkpoint: int, count: int, result: int) -> None:
@@ -262,7 +264,7 @@ class RunFolder:
         held = [self._checkpoints / f"step-{step:08d}" for step in self.steps()]
         with writing(self._checkpoints):
             there = sum(file.stat().st_size for folder in held for file in folder.iterdir())
-        needed = checkpoint * min(count, _KEPT + 2) + result - there
+        needed = checkpoint * min(count, 2 * _KEPT + 1) + result - there
         if needed > 0:
             require_space(self.path, needed)
 
@@ -317,8 +319,8 @@ class RunFolder:
         with suppress(FileNotFoundError), self._metrics.open("rb") as file:
             os.fsync(file.fileno())
 
-    def rotate(self, newest: int, best: int | None) -> None:
-        """Removes all checkpoints but two up to `newest` and that of step `best`.
+    def rotate(self, newest: int) -> None:
+        """Removes all checkpoints but two up to `newest` and those that were the best at the time.
 
         Writing does it; a resumed run does it too, because the one before may have been killed in
         the middle of it.
@@ -326,10 +328,20 @@ class RunFolder:
         with writing(self._checkpoints):
             sweep(self._checkpoints)
             steps = self.steps()
-            kept = {best, *[step for step in steps if step <= newest][-_KEPT:]}
+            last = [step for step in steps if step <= newest][-_KEPT:]
+            kept = {*last, *(self._best_at(step) for step in last)}
             for step in steps:
                 if step not in kept:
                     _remove(self._checkpoints / f"step-{step:08d}")
+
+    def _best_at(self, step: int) -> int | None:
+        """The step whose weights were the best when the checkpoint of `step` was written."""
+        try:
+            document = read_json(self._checkpoints / f"step-{step:08d}/state.json", StorageError)
+        except StorageError:  # damaged: nothing will go on from it
+            return None
+        best = document.get("best")
+        return best if isinstance(best, int) else None
 
 
 def _never_began(out: Path) -> bool:
@@ -341,12 +353,15 @@ def _never_began(out: Path) -> bool:
 
 
 def _hold(out: Path) -> int:
+    """Takes the folder's lock, and clears what a killed process left half written."""
     with writing(out):
         handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     if file_lock(handle):
         with suppress(OSError):  # a full disk: the lock holds, only its owner's id is not known
             os.ftruncate(handle, 0)
             os.pwrite(handle, str(os.getpid()).encode(), 0)
+        with writing(out):
+            sweep(out)
         return handle
     owner = os.pread(handle, 32, 0).decode("ascii", "replace")
     os.close(handle)

@@ -197,7 +197,7 @@ def start(job: Job, optimizer: Optimizer) -> Progress:
     if found.warning:  # the damaged one goes when there is a better one in its place
         job.observe(Note(text=found.warning))
     else:
-        job.run.rotate(found.step, state["best"] and state["best"]["step"])
+        job.run.rotate(found.step)
     _warn_of_changes(job, optimizer, state)
     load_trainable(job, found)
     optimizer.load(found.tensors("optimizer"), state["scaler"])

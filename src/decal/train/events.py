@@ -89,10 +89,10 @@ class RunFolder(Protocol):
         *,
         best: int | None = None,
     ) -> object:
-        """Keeps the newest two and that of step `best`."""
+        """Keeps the newest two, and for each the one that was the best at the time."""
         ...
 
-    def rotate(self, newest: int, best: int | None) -> None:
+    def rotate(self, newest: int) -> None:
         """Removes what `write_checkpoint` does not keep, where it was killed before it could."""
         ...
 
