@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from decal.verbs.check import Check, ShownSample
 
 STYLES = {"ok": "green", "note": "cyan", "warning": "bold yellow", "problem": "bold red"}
+INDENT, MARGIN = 11, 80
+"""Where a finding's text begins, and where a terminal may end."""
 CONTEXT = 400
 """Characters of a sample's untrained text that are shown on either side of what is left out."""
 
@@ -51,7 +53,7 @@ def check(
 def _show(found: Check) -> None:
     from rich.text import Text
 
-    from decal.report.tables import curve, marked
+    from decal.report.tables import marked
 
     out = console.out()
     colour = out.is_terminal and not out.no_color
@@ -61,12 +63,11 @@ def _show(found: Check) -> None:
             area = finding.area
             _print(Text(area, style="bold"))
         _entry(finding.level, finding.text, STYLES[finding.level])
+        narrow = all(len(detail) <= MARGIN - INDENT for detail in finding.details)
         for detail in finding.details:
-            _print(f"    {detail}")
+            _print(" " * (INDENT if narrow else 4) + detail)
         if finding.hint and finding.level != "ok":
             _entry("", f"hint: {finding.hint}", "")
-    if found.learning is not None and found.learning.losses:
-        _entry("", curve(found.learning.losses), "")
     for sample in found.samples:
         how = "green" if colour else "[[brackets]]"
         what = f"class {sample.label}" if sample.label else f"what is trained in {how}"

@@ -28,8 +28,17 @@ from decal.errors import (
 from decal.model import hf
 from decal.model.unquantized import left_unquantized
 from decal.quant import describe
+from decal.report.tables import curve
 from decal.store.run import RunFolder
-from decal.verbs.findings import Finding, Part, data_part, of_error, target_part, vocabulary_part
+from decal.verbs.findings import (
+    Finding,
+    Level,
+    Part,
+    data_part,
+    of_error,
+    target_part,
+    vocabulary_part,
+)
 from decal.verbs.inputs import Inputs, look
 from decal.verbs.overfit import FAR, Learning, overfit
 from decal.verbs.same_base import base_fingerprint
@@ -162,7 +171,7 @@ def _loaded(session: Session) -> Part:
     bits = session.bits_per_weight
     stored = "as they are" if info.recipe is None else f"as {describe(info.recipe)}"
     fingerprint = base_fingerprint(info.path, info.commit or info.revision)
-    texts = [
+    texts: list[tuple[Level, str]] = [
         ("ok", f"weights are stored {stored}, {bits:.2f} bits each, on {model.device}"),
         *(("note", line) for line in left_unquantized(model)),
         ("ok", f"the base's fingerprint is {fingerprint[:16]}…"),
@@ -188,36 +197,57 @@ def _loaded(session: Session) -> Part:
         "leak": leak,
         "steps": session.total_steps,
     }
-    findings = [Finding(area="model", level=level, text=text) for level, text in texts]  # type: ignore[arg-type]
+    findings = [Finding(area="model", level=level, text=text) for level, text in texts]
     return Part(findings=tuple(findings), facts=facts)
 
 
+_LEVELS: Mapping[str, Level] = {
+    "learned": "ok",
+    "unclear": "note",
+    "skipped": "note",
+    "failed": "problem",
+}
+_ADVICE = {
+    "unclear": "nothing need be wrong: train a few dozen steps and look at the loss",
+    "skipped": "train a few steps with `--set train.max_steps=20` and look at the loss",
+    "failed": "what follows is likely in this order",
+}
+_REMEDIES = {
+    "mask": "look at what is trained in the samples; the chat template and `data.turns` decide it",
+    "template": "name a base that was trained on such text, with its own tokenizer and template",
+    "learning rate": "change `train.lr`; `train.lr_pattern` and `train.loraplus_lr_ratio` scale it",
+    "frozen parameters": "see what is adapted (targets), and leave out what the model does not use",
+}
+
+
 def _learning(found: Learning, session: Session) -> list[Finding]:
-    """The verdict, and one finding for each cause that was seen."""
-
-    def finding(level: Any, text: str, hint: str | None = None) -> Finding:
-        return Finding(area="learning", level=level, text=text, hint=hint)
-
-    hints = {
-        "skipped": "train a few steps with `--set train.max_steps=20` and look at the loss",
-        "unclear": "nothing is wrong with that; a run of a few dozen steps will tell more",
-        "failed": None,
-        "learned": None,
-    }
-    levels = {"learned": "ok", "unclear": "note", "skipped": "note", "failed": "problem"}
-    findings = [finding(levels[found.verdict], found.reason, hints[found.verdict])]
-    level = "problem" if found.verdict == "failed" else "warning"
-    findings += [finding(level, f"{cause.name}: {cause.text}") for cause in found.causes]
-    if found.reach is not None and found.reach < FAR:
-        settings = session.config.train
-        findings.append(
-            finding(
-                "warning",
-                f"learning rate: the {session.total_steps:,} steps at `train.lr` {settings.lr:g} go"
-                f" {found.reach:.1%} of the way on which the loss of eight rows was halved",
-                "raise `train.lr`, or train longer; 2e-4 is usual for LoRA",
-            )
+    """The verdict with the curve, and one finding for each cause."""
+    findings = [
+        Finding(
+            area="learning",
+            level=_LEVELS[found.verdict],
+            text=found.reason,
+            details=(curve(found.losses),) if found.losses else (),
+            hint=_ADVICE.get(found.verdict),
         )
+    ]
+    findings += [
+        Finding(
+            area="learning",
+            level="problem" if found.verdict == "failed" else "warning",
+            text=f"{cause.name}: {cause.text}",
+            hint=_REMEDIES[cause.name],
+        )
+        for cause in found.causes
+    ]
+    if found.reach is not None and found.reach < FAR:
+        way = f"{found.reach:.1%}" if found.reach >= 0.001 else "less than 0.1%"
+        text = (
+            f"learning rate: all {session.total_steps:,} steps at `train.lr`"
+            f" {session.config.train.lr:g} go {way} of the way that halved the loss of eight rows"
+        )
+        hint = "raise `train.lr`, or train longer; 2e-4 is usual for LoRA"
+        findings.append(Finding(area="learning", level="warning", text=text, hint=hint))
     return findings
 
 

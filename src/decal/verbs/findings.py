@@ -218,7 +218,9 @@ def _bos(found: Inputs, encoded: EncodedRows) -> Finding:
             " text",
             "the chat template leaves it out; see whether the base was trained so",
         )
-    return _finding("ok", "rows begin without a beginning-of-sequence token, as the template says")
+    return _finding(
+        "ok", "rows begin without a beginning-of-sequence token: nothing here writes one"
+    )
 
 
 def _classes(found: DataSummary) -> list[Finding]:
@@ -249,8 +251,8 @@ def _leaked(found: Duplicates, rows: RunRows) -> Finding:
     of = "" if rows.eval.source == rows.train.source else f" of {rows.eval.source}"
     return _finding(
         "warning",
-        f"{_share(found.count, total)} evaluation rows have the text of a training row: first row"
-        f" {evaluated:,}{of}, the same as row {trained:,}",
+        f"{_share(found.count, total)} evaluation rows have the text of a training row: first"
+        f" row {evaluated:,}{of}, the same as row {trained:,}",
         "remove the duplicates; the evaluation loss is too good with them",
     )
 
@@ -262,8 +264,8 @@ def _repeated(found: Duplicates, total: int) -> list[Finding]:
     findings = [
         _finding(
             "warning" if found.count > MUCH * total else "note",
-            f"{_share(found.count, total)} training rows repeat an earlier one: first row"
-            f" {later:,}, the same as row {earlier:,}",
+            f"{_share(found.count, total)} training rows repeat an earlier one: first"
+            f" row {later:,}, the same as row {earlier:,}",
             "remove them, unless they are meant to weigh more",
         )
     ]
@@ -356,8 +358,8 @@ def _wide_ranks(table: TargetTable) -> list[Finding]:
         Finding(
             area="targets",
             level="warning",
-            text=f"{_share(len(wide), len(table.rows))} kinds of layers have less than their rank:"
-            f" r is {rank:,} on {pattern}, whose smaller side is {side:,}",
+            text=f"more rank than a layer can use: r is {rank:,} on {pattern}, whose smaller side"
+            f" is {side:,} ({len(wide):,} of {len(table.rows):,} kinds of layers)",
             hint="lower `adapter.r`, or give these layers a rank in `adapter.rank_pattern`",
         )
     ]
@@ -412,7 +414,7 @@ def _tied(model: Any) -> tuple[list[Finding], dict[str, Any]]:
     if not pulled:
         text = f"{pair} share one matrix; the adapter leaves it as it is"
         if not changed:
-            text = f"{pair} share one matrix, and stay so"
+            text = f"{pair} share one matrix"
         return [Finding(area="model", level="ok", text=text)], facts
     weight = modules[pulled[0]].weight
     return [
