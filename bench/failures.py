@@ -39,8 +39,8 @@ WORDS = {
 HEAD = """# What goes wrong silently, and what decal does
 
 Written by `python -m bench.failures`. Every line below was seen in the run that wrote it: each
-situation was built on models of a few thousand parameters, with the real tools, and the result
-compared with the right one. Words in quotation marks are the tools' own.
+situation was built on small models, of a few thousand to 3.7 million parameters, with the real
+tools, and the result compared with the right one. Words in quotation marks are the tools' own.
 
 {versions}
 

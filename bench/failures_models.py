@@ -296,7 +296,7 @@ def _saved(out: Path, who: str, wrap: Callable[[Any], object]) -> Seen:
         again = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
         far = float((logits(again, IDS) - bare).abs().max())
     report = next(iter(later.lines), "").splitlines()
-    later.lines = [" ".join(line.split()) for line in report if "| MISSING" in line]
+    later.lines = sorted(" ".join(line.split()) for line in report if "| MISSING" in line)
     return Seen(
         who=who,
         verdict=later.verdict(far < 1e-4),
