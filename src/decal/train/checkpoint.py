@@ -123,7 +123,7 @@ def _state(job: Job, optimizer: Optimizer, progress: Progress, seconds: float) -
     }
 
 
-def _checked(found: Checkpoint, meant: Mapping[str, Any]) -> dict[str, Any]:
+def _checked(found: Checkpoint, meant: Mapping[str, Any]) -> Mapping[str, Any]:
     """The state of a checkpoint, if it has the entries of `meant`, each of its kind.
 
     Raises:
@@ -139,8 +139,8 @@ def _checked(found: Checkpoint, meant: Mapping[str, Any]) -> dict[str, Any]:
         wrong = ["rng"]
     if wrong:
         raise StorageError(
-            f"checkpoint `{found.path}` is not of this version of decal: {len(wrong)} entries of"
-            " its state are missing or of another kind",
+            f"the checkpoint of step {found.step} is not of this version of decal: {len(wrong)}"
+            " entries of its state are missing or of another kind",
             details=[f"first: {wrong[0]}"],
             hint="go on with the decal that began the run, or start over with --force",
         )
