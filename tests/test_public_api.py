@@ -11,8 +11,9 @@ import decal
 
 NAMES = """
     Adapter DataConfig DecalError FullConfig LoraConfig QuantConfig RunConfig TrainConfig
-    __version__ attach compare dequantize detach diff disabled dump_run generate inspect
-    load load_base load_run merge merge_in_place mixed push quantize save_adapter train use
+    __version__ attach check compare dequantize detach diff disabled dump_run generate
+    inspect load load_base load_run merge merge_in_place mixed push quantize save_adapter
+    train use verify
 """.split()  # noqa: SIM905 (a block of names reads better)
 
 

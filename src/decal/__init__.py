@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from decal.model.use import mixed as mixed
     from decal.runfile import dump_run as dump_run
     from decal.runfile import load_run as load_run
+    from decal.verbs.check import check as check
     from decal.verbs.compare import compare as compare
     from decal.verbs.diff import diff as diff
     from decal.verbs.generate import generate as generate
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from decal.verbs.quantize import dequantize as dequantize
     from decal.verbs.quantize import quantize as quantize
     from decal.verbs.train import train as train
+    from decal.verbs.verify import verify as verify
 
 _HOME = {
     "Adapter": "decal.model.adapter",
@@ -52,6 +54,7 @@ _HOME = {
     "RunConfig": "decal.config",
     "TrainConfig": "decal.config",
     "attach": "decal.model.inject",
+    "check": "decal.verbs.check",
     "compare": "decal.verbs.compare",
     "dequantize": "decal.verbs.quantize",
     "detach": "decal.model.inject",
@@ -71,6 +74,7 @@ _HOME = {
     "save_adapter": "decal.verbs.load",
     "train": "decal.verbs.train",
     "use": "decal.model.inject",
+    "verify": "decal.verbs.verify",
 }
 """Public name -> the module that defines it."""
 
