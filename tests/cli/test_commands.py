@@ -67,8 +67,10 @@ def test_train(verb: Any, run_yaml: Path, capsys: pytest.CaptureFixture[str]) ->
     (config,) = called.args
     assert isinstance(config, RunConfig)
     assert (config.train.lr, config.adapter.r) == (1e-4, 6)
-    flags = {k: v for k, v in called.kwargs.items() if k in ("resume", "force", "dry_run")}
-    assert flags == {"resume": True, "force": False, "dry_run": False}
+    known = ("resume", "force", "dry_run", "allow_other_base")
+    flags = {k: v for k, v in called.kwargs.items() if k in known}
+    wanted = {"resume": True, "force": False, "dry_run": False, "allow_other_base": False}
+    assert flags == wanted
     assert callable(called.kwargs["observe"])
     assert callable(called.kwargs["say"])
     assert capsys.readouterr().out == "run    runs/x\nsteps  1,200\n"

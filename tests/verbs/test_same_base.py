@@ -21,10 +21,12 @@ from decal.model.inject import adapters_of, attach
 from decal.verbs import same_base
 from decal.verbs.compare import compare
 from decal.verbs.generate import generate
+from decal.verbs.in_place import merge_in_place
 from decal.verbs.load import adapter_of, load, load_base, save_adapter
 from decal.verbs.merge import merge
 from decal.verbs.target import BASE
-from decal.verbs.train import RunResult
+from decal.verbs.train import RunResult, train
+from tests.verbs.conftest import settings
 
 KEY = "model.layers.1.self_attn.k_proj.weight"
 
@@ -55,6 +57,13 @@ VERBS: dict[str, Verb] = {
     ),
     "generate": lambda base, run, ok: generate(
         str(base), "Hi", adapter=str(run.run), max_new_tokens=1, allow_other_base=ok
+    ),
+    "train": lambda base, run, ok: train(
+        settings(
+            base.parent, base=str(base), adapter={"from": str(run.run)}, train={"max_steps": 1}
+        ),
+        dry_run=True,
+        allow_other_base=ok,
     ),
     "attach": lambda base, run, ok: attach(
         load_base(base, quant="nf4")[0],
@@ -125,6 +134,16 @@ def test_the_fingerprint_is_that_of_the_loaded_files(tmp_path: Path) -> None:
     assert json.loads(read.metadata[BASE])["fingerprint"] is None
     shutil.rmtree(folder)
     assert json.loads(adapter_of(kept).metadata[BASE])["fingerprint"] == before
+
+
+def test_a_merged_model_is_no_longer_its_base(finished: RunResult, tmp_path: Path) -> None:
+    """Fails when an adapter that is trained on top of another one names the plain base."""
+    model, _ = load(finished.weights)
+    merge_in_place(model)
+    attach(model, LoraConfig(r=2, lora_alpha=3, init_lora_weights=False))
+    adapter = save_adapter(model, tmp_path / "a")
+    assert adapter.base is None
+    assert BASE not in adapter.metadata
 
 
 def test_files_that_change_while_they_are_loaded_are_refused() -> None:

@@ -25,6 +25,10 @@ def train(
     no_check: Annotated[
         bool, typer.Option("--no-check", help="Train in spite of what `decal check` warns of.")
     ] = False,
+    allow_other_base: Annotated[
+        bool,
+        typer.Option("--allow-other-base", help="Warn where adapter.from had another base."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing run folder.")] = False,
 ) -> None:
     """\b
@@ -48,6 +52,7 @@ def train(
             force=force,
             dry_run=dry_run,
             check=not no_check,
+            allow_other_base=allow_other_base,
             observe=progress.observe,
             say=progress.say,
         )

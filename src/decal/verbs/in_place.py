@@ -14,6 +14,7 @@ from decal.model.quantizer import unpacked
 from decal.model.state import adapted_layers, adapter_state, full_state, lora_of
 from decal.model.survey import base_modules
 from decal.quant.linear import QuantLinear
+from decal.verbs.same_base import forget_base
 from decal.weights.delta import FileDelta, add_delta, cast
 
 
@@ -22,7 +23,8 @@ def merge_in_place(model: Any, name: str = "default") -> None:
 
     Sums in float32 and rounds once, as `merge` does on files. A quantized layer becomes an ordinary
     one in its compute dtype: the sum of its dequantized weight and the delta. A head or embedding
-    that shared its weight with the other no longer does: the change is its own.
+    that shared its weight with the other no longer does: the change is its own. What is trained on
+    the model from here on does not belong to the base it was loaded from, and does not say so.
 
     Raises:
         AdapterError: the model has no such adapter, or one whose bias has no place in the model.
@@ -36,6 +38,7 @@ def merge_in_place(model: Any, name: str = "default") -> None:
     for key, value in parameters.items():
         _put_parameter(model, key, value)
     hf.forget_quantizer(model)
+    forget_base(model)
 
 
 def _weights(model: Any, name: str) -> dict[str, Tensor]:

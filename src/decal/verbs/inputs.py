@@ -61,6 +61,8 @@ class Inputs:
     without weights."""
     table: TargetTable | None = None
     """What the adapter came to; None where every weight is trained."""
+    allow_other_base: bool = False
+    """Whether to go on with an adapter on a base that it was not trained on, with a warning."""
 
     def attempt(self, area: str, work: Callable[[], Found]) -> Found | None:
         """What `work` gives, or None after its error was noted; the same error is noted once."""
@@ -128,7 +130,12 @@ def look(config: RunConfig) -> Inputs:
 
 
 def make_trainable(
-    model: Any, config: RunConfig, going_on: Adapter | None, new: tuple[str, ...]
+    model: Any,
+    config: RunConfig,
+    going_on: Adapter | None,
+    new: tuple[str, ...],
+    *,
+    allow_other_base: bool = False,
 ) -> TargetTable | None:
     """Attaches the adapter that the settings ask for, or frees every weight and returns None.
 
@@ -143,7 +150,7 @@ def make_trainable(
         model.requires_grad_(True)
         return None
     if going_on is not None:
-        return attach(model, going_on, ADAPTER)
+        return attach(model, going_on, ADAPTER, allow_other_base=allow_other_base)
     assert isinstance(asked, LoraConfig)
     head = heads.new_modules(new, model.base_model_prefix)
     whole = tuple(dict.fromkeys((*asked.modules_to_save, *head)))

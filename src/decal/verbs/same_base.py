@@ -41,6 +41,14 @@ def remember_files(model: Any) -> None:
     model.decal_base = replace(info, files=_marks(info))
 
 
+def forget_base(model: Any) -> None:
+    """The weights are no longer those of the files; adapters trained from here on name no base."""
+    for name in ("decal_base", "decal_describe", "decal_check"):
+        if name in model.__dict__:
+            delattr(model, name)
+    model.name_or_path = ""
+
+
 def fingerprint_of(model: Any) -> str | None:
     """Fingerprint of the files that the model was loaded from; computed once.
 

@@ -21,7 +21,6 @@ from decal.data.pack import Batches, make_batches
 from decal.data.sample import Sample
 from decal.errors import QuantError
 from decal.model import attention, heads, switches
-from decal.model.adapter import Adapter
 from decal.model.inject import adapters_of, trainable_line
 from decal.model.size import bits_per_weight
 from decal.model.targets import TargetTable
@@ -183,7 +182,7 @@ def begin(found: Inputs, say: Say) -> Session:
         tokenizer.chat_template = encoded.chat_template
         model.decal_base = replace(model.decal_base, chat_template=encoded.chat_template)
 
-    table = _make_trainable(model, config, found.going_on, say)
+    table = _make_trainable(model, found, say)
     say(trainable_line(model))
 
     pools = OBJECTIVES[config.objective].POOLS
@@ -207,10 +206,9 @@ def begin(found: Inputs, say: Say) -> Session:
     )
 
 
-def _make_trainable(
-    model: Any, config: RunConfig, going_on: Adapter | None, say: Say
-) -> TargetTable | None:
+def _make_trainable(model: Any, found: Inputs, say: Say) -> TargetTable | None:
     """As `make_trainable`, on a model with weights."""
+    config, going_on = found.config, found.going_on
     new = model.decal_base.new
     heads.start(model, new, config.train.seed)
     if isinstance(config.adapter, FullConfig) and model.decal_base.recipe is not None:
@@ -221,7 +219,7 @@ def _make_trainable(
         )
     if going_on is not None:
         say(f"going on with adapter {going_on.source}")
-    table = make_trainable(model, config, going_on, new)
+    table = make_trainable(model, config, going_on, new, allow_other_base=found.allow_other_base)
     if table is None:
         say("full fine-tuning: every weight is trained")
     for line in table.lines() if table is not None else ():

@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def train(
     force: bool = False,
     dry_run: bool = False,
     check: bool = True,
+    allow_other_base: bool = False,
     observe: Callable[[Event], None] | None = None,
     say: Say | None = None,
 ) -> RunResult | None:
@@ -91,6 +93,8 @@ def train(
         dry_run: stop before step 1; nothing is written and None is returned.
         check: look at data, targets and model as `decal check` does, beyond what cannot be trained
             at all: problems are errors, warnings are told to `observe`.
+        allow_other_base: warn where an adapter to go on with (adapter.from) was trained on another
+            base, instead of refusing.
         observe: called with every event of the loop.
         say: called with lines about what was found and done.
 
@@ -104,19 +108,17 @@ def train(
     say = say or (lambda line: None)
     observe = _tidy(observe or (lambda event: None))
     refuse_own_output(config)
+    ready = partial(_prepare, config, check, allow_other_base, observe, say)
     if dry_run:
-        session = _prepare(config, check, observe, say)
-        say(
-            f"{session.total_steps:,} steps of {config.train.batch_size} samples;"
-            " dry run, nothing written"
-        )
+        steps, size = ready().total_steps, config.train.batch_size
+        say(f"{steps:,} steps of {size} samples; dry run, nothing written")
         return None
     if not resume:  # before the wait for model and data, and again when the folder is made
         RunFolder.check_new(config.output, force=force)
-        session = _prepare(config, check, observe, say)
+        session = ready()
     with _open_run(config, resume=resume, force=force) as run:
         if resume:
-            session = _prepare(config, check, observe, say)
+            session = ready()
         _write_info(session, run, config.output)
         with session.training(), _reporting(config, run, observe) as report:
             result = run_loop(_job(session, run, report, resume))
@@ -144,9 +146,16 @@ def _finish(session: Session, run: RunFolder, result: Result) -> tuple[Path, dic
     return weights, scores
 
 
-def _prepare(config: RunConfig, check: bool, observe: Callable[[Event], None], say: Say) -> Session:
+def _prepare(
+    config: RunConfig,
+    check: bool,
+    allow_other_base: bool,
+    observe: Callable[[Event], None],
+    say: Say,
+) -> Session:
     """The run, ready to begin; with `check` after a look at what is merely doubtful."""
     found = look(config)
+    found.allow_other_base = allow_other_base
     for finding in before(found) if check and not found.problems else ():
         if finding.level == "problem":
             found.problems.append(finding.as_problem("--no-check trains anyway"))
