@@ -63,7 +63,8 @@ def parse_json(text: bytes | str, *, unique: bool = False, nan: bool = False) ->
     """The value of a JSON text, in UTF-8 where it is bytes.
 
     Args:
-        unique: refuse objects that give one key twice; otherwise the last one counts.
+        unique: refuse objects that give one key twice, and -0: a second parser may take the first
+            one, and a float. Otherwise the last one counts, and 0.
         nan: take NaN and Infinity, which are no JSON and which Python writes.
 
     Raises:
@@ -91,8 +92,16 @@ def parse_json(text: bytes | str, *, unique: bool = False, nan: bool = False) ->
 @cache
 def _decoder(unique: bool, nan: bool) -> json.JSONDecoder:
     return json.JSONDecoder(
-        object_pairs_hook=_once if unique else None, parse_constant=None if nan else _no_constant
+        object_pairs_hook=_once if unique else None,
+        parse_constant=None if nan else _no_constant,
+        parse_int=_integer if unique else None,
     )
+
+
+def _integer(text: str) -> int:
+    if text == "-0":  # to stricter parsers a float
+        raise ValueError("-0 is no integer")
+    return int(text)
 
 
 def _no_constant(name: str) -> None:

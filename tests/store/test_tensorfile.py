@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from decal.errors import BaseModelError, StorageError
@@ -89,6 +89,11 @@ def _one(**changes: Any) -> dict[str, Any]:
     return {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
 
 
+def _twice() -> bytes:
+    inner = json.dumps(_one()).encode()[1:-1]
+    return b"{" + inner + b"," + inner + b"}"
+
+
 BROKEN = {
     "header longer than the file": (_one(), b"", 1 << 40),
     "header beyond the limit": (_one(), b"", (1 << 64) - 1),
@@ -111,6 +116,39 @@ BROKEN = {
     "not a table": ({"a": 3}, b"12345678", None),
     "metadata is no table": ({"__metadata__": [1], **_one()}, b"12345678", None),
     "metadata of numbers": ({"__metadata__": {"a": 1}, **_one()}, b"12345678", None),
+    "one tensor given twice": (_twice(), b"12345678", None),
+    "one entry given twice": (
+        b'{"a":{"dtype":"F32","dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b"12345678",
+        None,
+    ),
+    "minus zero": (b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}', b"", None),
+    "a number of 5000 digits": (
+        b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}',
+        b"12345678",
+        None,
+    ),
+    "more dimensions than torch has": (_one(shape=[1] * 65 + [2]), b"12345678", None),
+    "overflowing shape of nothing": (
+        _one(shape=[1 << 61, 1 << 61, 0], data_offsets=[0, 0]),
+        b"",
+        None,
+    ),
+    "UTF-16": (json.dumps(_one()).encode("utf-16-le"), b"12345678", None),
+    "a byte order mark": (b"\xef\xbb\xbf" + json.dumps(_one()).encode(), b"12345678", None),
+    "half a surrogate pair": (
+        b'{"\\ud800":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b"12345678",
+        None,
+    ),
+    "three offsets": (_one(data_offsets=[0, 8, 8]), b"12345678", None),
+    "half a byte": (_one(dtype="F4", shape=[3], data_offsets=[0, 1]), b"1", None),
+    "metadata of null": ({"__metadata__": {"a": None}, **_one()}, b"12345678", None),
+    "an empty tensor inside of another": (
+        {**_one(), "b": {"dtype": "F32", "shape": [0], "data_offsets": [4, 4]}},
+        b"12345678",
+        None,
+    ),
     "overlap": (
         {**_one(), "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
         b"x" * 12,
@@ -131,6 +169,26 @@ def test_broken_headers_are_refused_by_name(tmp_path: Path, case: str) -> None:
     with pytest.raises(BaseModelError, match=r"bad\.safetensors` is damaged") as caught:
         read_header(file, BaseModelError, hint="get it again")
     assert caught.value.hint == "get it again"
+
+
+TAKEN_THERE = {"one tensor given twice", "more dimensions than torch has"}
+"""What the safetensors library reads nevertheless: it takes one of the two, and makes a tensor that
+torch cannot compute with."""
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_refused_here_is_refused_there(tmp_path: Path, case: str) -> None:
+    """Fails when a header is called broken that is not."""
+    header, data, length = BROKEN[case]
+    file = _file(tmp_path / "bad.safetensors", header, data, length)
+    try:
+        with safe_open(file, framework="pt") as theirs:
+            for key in theirs.keys():  # noqa: SIM118 (a handle, not a mapping)
+                theirs.get_tensor(key)
+    except (SafetensorError, OSError):
+        assert case not in TAKEN_THERE
+    else:
+        assert case in TAKEN_THERE
 
 
 def test_empty_short_and_missing_files(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ CHUNK = 16 << 20
 """Bytes read or copied at once."""
 
 _MOST_DIMENSIONS = 64
-"""torch's own limit."""
+"""What torch's operations take."""
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
