@@ -10,7 +10,7 @@ import pytest
 import decal
 
 NAMES = """
-    Adapter DataConfig DecalError FullConfig LoraConfig QuantConfig RunConfig TrainConfig
+    Adapter DataConfig DecalError LoraConfig QuantConfig RunConfig TrainConfig
     __version__ attach check compare dequantize detach diff disabled dump_run generate
     inspect load load_base load_run merge merge_in_place mixed push quantize save_adapter
     train use verify

@@ -14,7 +14,6 @@ from decal.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from decal.config import DataConfig as DataConfig
-    from decal.config import FullConfig as FullConfig
     from decal.config import LoraConfig as LoraConfig
     from decal.config import QuantConfig as QuantConfig
     from decal.config import RunConfig as RunConfig
@@ -48,7 +47,6 @@ _HOME = {
     "Adapter": "decal.model.adapter",
     "DataConfig": "decal.config",
     "DecalError": "decal.errors",
-    "FullConfig": "decal.config",
     "LoraConfig": "decal.config",
     "QuantConfig": "decal.config",
     "RunConfig": "decal.config",
