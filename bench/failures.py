@@ -31,6 +31,7 @@ ROWS: dict[str, MakeRow] = {**failures_merging.ROWS, **failures_models.ROWS}
 WORDS = {
     "right": "right result",
     "error": "refuses",
+    "found": "finds it",
     "warning": "wrong, warns",
     "told": "measures and says so",
     "silent": "**silently wrong**",
@@ -80,7 +81,9 @@ def overview(rows: dict[str, Row]) -> str:
         for i, case in enumerate(row.cases):
             texts = [f"{s.who}: {WORDS[s.verdict]}" for s in case.seen]
             peers = "; ".join(text for text in texts if not text.startswith("decal"))
-            ours = "; ".join(re.sub("^decal[:,] ", "", t) for t in texts if t.startswith("decal"))
+            ours = "; ".join(
+                re.sub("^decal(: |, | )", "", t) for t in texts if t.startswith("decal")
+            )
             lines.append(f"| {name if i == 0 else ''} | {case.what} | {peers} | {ours} |")
     return "\n".join(lines)
 

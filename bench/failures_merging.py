@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from bench.failures_row import Case, Heard, MakeRow, Row, Seen, watched
+from bench.failures_row import Case, Heard, MakeRow, Row, Seen, quoted, watched
 from decal import demo
 from decal.config import LoraConfig
 from decal.model.inject import adapter_state, attach, use
 from decal.verbs.load import load_base
 from decal.verbs.merge import Merged, merge
+from decal.verbs.verify import verify
 from decal.weights import merge as files
 from decal.weights.delta import FileDelta, add_delta, cast
 from tests import zoo
@@ -254,7 +255,7 @@ def f4(folder: Path) -> Row:
         "is looked at by nobody.",
         cases=[
             _faulty(folder, "a delta of zeros in one layer of 28 (a fault put into both)"),
-            _damaged(folder, "one number of one weight damaged in the written file, in both"),
+            _damaged(folder, "one number of one merged weight, damaged later on the disk"),
             _overflow(folder / "large", large, "a sum that float16 cannot hold"),
         ],
     )
@@ -279,26 +280,32 @@ def _faulty(folder: Path, what: str) -> Case:
 
 def _damaged(folder: Path, what: str) -> Case:
     key = "model.layers.2.mlp.up_proj.weight"
-
-    def damage(place: Path) -> None:
+    model = peft.PeftModel.from_pretrained(plain(BASE, torch.bfloat16), folder / "a")
+    model.merge_and_unload(safe_merge=True).save_pretrained(folder / "theirs")
+    merge(None, folder / "a", folder / "ours")
+    for place in (folder / "theirs", folder / "ours"):
         tensors = load_file(place / "model.safetensors")
         tensors[key].view(-1)[1234] += 0.5
         save_file(tensors, place / "model.safetensors", {"format": "pt"})
-
     with watched() as heard:
-        model = peft.PeftModel.from_pretrained(plain(BASE, torch.bfloat16), folder / "a")
-        model.merge_and_unload(safe_merge=True).save_pretrained(folder / "peft")
-        damage(folder / "peft")
-        plain(folder / "peft")
-    write_rest = files._write_rest
-
-    def written(job: Any, place: Path) -> None:
-        write_rest(job, place)
-        damage(place)
-
-    with mock.patch.object(files, "_write_rest", written), watched() as ours:
-        merge(None, folder / "a", folder / "damaged")
-    return _told_or_not(what, heard, ours)
+        plain(folder / "theirs")
+    problems = verify(folder / "ours")["problems"]
+    found = [f"{len(problems)} problems", *(quoted(text, 150) for text in problems)]
+    return Case(
+        what=what,
+        seen=[
+            Seen(
+                who="transformers",
+                verdict=heard.verdict(False),
+                text=f"from_pretrained: {heard.words()}",
+            ),
+            Seen(
+                who="decal verify",
+                verdict="found" if problems else "silent",
+                text="; ".join(found),
+            ),
+        ],
+    )
 
 
 def _overflow(adapter: Path, base: Path, what: str) -> Case:

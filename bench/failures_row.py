@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-Verdict = Literal["right", "error", "warning", "told", "silent"]
-"""What became of the user: the result was right; the work was refused; the result was wrong, and a
-warning or a printed number said so; the result was wrong, and nothing said so."""
+Verdict = Literal["right", "error", "found", "warning", "told", "silent"]
+"""What became of the user: the result was right; the work was refused; what was wrong was found on
+request; the result was wrong, and a warning or a printed number said so, or nothing did."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from decal import demo
 from decal.errors import VerificationError
 from decal.verbs.merge import merge
+from decal.verbs.verify import verify
 from decal.weights import merge as files
 from decal.weights.delta import FileDelta, add_delta, cast
 from decal.weights.verify import Finding, Verification
@@ -127,3 +129,18 @@ def test_the_merged_model_is_compared_in_logits_too(
     with pytest.raises(VerificationError, match=r"1\.00 of the adapter's effect away"):
         merge(None, tmp_path / "a", tmp_path / "n", verify="logits")
     assert not (tmp_path / "n").exists()
+
+
+def test_what_is_damaged_later_is_found(tmp_path: Path) -> None:
+    """By `decal verify`, twice: from the record, and from base and adapter. Transformers loads the
+    folder without a word. Fails when headers alone are compared."""
+    tuned(tmp_path / "a", ratio=LIGHT)
+    merge(None, tmp_path / "a", tmp_path / "m")
+    assert not verify(tmp_path / "m")["problems"]
+    found = tensors(tmp_path / "m")
+    found[UP].view(-1)[1234] += 0.5
+    save_file(found, tmp_path / "m" / SHARD, {"format": "pt"})
+    record, merged = verify(tmp_path / "m")["problems"]
+    assert record == f"record: tensor `{UP}` was changed since it was written"
+    assert merged.startswith(f"base + adapter: {UP.removesuffix('.weight')}: 1 of 196,608 numbers")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "m")
