@@ -383,16 +383,19 @@ def test_killed_and_resumed_is_never_stopped(tmp_path: Path, kills: int) -> None
         assert_same_end(whole, killed)
 
 
-def test_ctrl_c_writes_a_checkpoint_and_exits_130(tmp_path: Path) -> None:
-    """SIGINT after step 7 (no step of a checkpoint): the step is finished and kept.
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_writes_a_checkpoint_and_has_its_exit_code(
+    tmp_path: Path, number: int, code: int
+) -> None:
+    """After step 7 (no step of a checkpoint): the step is finished and kept.
 
     Mutation: raise at once, or forget the checkpoint.
     """
     process = run_script(tmp_path / "run")
     wait_for(process, "step 7")
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     error = process.communicate()[1]
-    assert process.returncode == 130
+    assert process.returncode == code
     with RunFolder.open(tmp_path / "run") as run:
         last = run.metrics()[-1]["step"]
         assert 7 <= last < 40
@@ -417,6 +420,24 @@ def test_a_second_ctrl_c_stops_at_once_and_the_handler_goes_back() -> None:
         train(job(run, model, loss=loss))
     assert run.column("step") == [1]
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_sigterm_changes_nothing_and_ctrl_c_still_does() -> None:
+    """Schedulers ask more than once. Fails when the second asking costs the checkpoint."""
+    before = signal.getsignal(signal.SIGTERM)
+    for last, error in ((signal.SIGTERM, Interrupted), (signal.SIGINT, KeyboardInterrupt)):
+        model, run, calls = TinyModel(), MemoryRun(), [0]
+
+        def loss(batch: Batch, epoch: int | None, model=model, calls=calls, last=last) -> Any:
+            calls[0] += 1
+            if calls[0] in (3, 4):
+                os.kill(os.getpid(), signal.SIGTERM if calls[0] == 3 else last)
+            return model.loss(batch, epoch)
+
+        with pytest.raises(error):
+            train(job(run, model, loss=loss))
+        assert sorted(run.kept) == ([2] if last == signal.SIGTERM else [])
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_one_ctrl_c_is_announced_once(tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ EPS = 1e-8
 FUSED_ON = ("cpu", "cuda")
 """Device types with one kernel for all of AdamW: on a CPU ten times faster for small tensors."""
 STATE = ("exp_avg", "exp_avg_sq", "step")
+ALIGNED = 64
+"""Bytes; where a tensor begins decides which vector instructions take its first and last values."""
 MASTER = "master"
 RATE = "rate"
 """A group's factor on the learning rate, kept among torch's own keys of a group."""
@@ -104,6 +106,7 @@ class Optimizer:
         self._masters: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         for name, parameter in self.parameters.items():
+            _align(parameter)
             if parameter.dtype in (torch.float32, torch.float64):
                 self._masters[name] = parameter
             else:
@@ -258,6 +261,15 @@ class Optimizer:
             groups = self._adamw.state_dict()["param_groups"]
             self._adamw.load_state_dict({"state": state, "param_groups": groups})
         return problems
+
+
+def _align(parameter: Parameter) -> None:
+    """Moves a parameter that is a view of a mapped file into memory of its own.
+
+    Where it begins there depends on how the file was written, and with it the last bits of sums.
+    """
+    if parameter.data_ptr() % ALIGNED:
+        parameter.data = parameter.detach().clone()
 
 
 def _copy_master(name: str, master: Tensor, saved: Tensor | None) -> list[str]:
