@@ -38,6 +38,7 @@ def test_a_run_is_recorded_in_its_adapter(finished: RunResult) -> None:
     assert entry["trained_tokens"] == result.trained_tokens
     assert (entry["loss"], entry["eval_loss"]) == (result.loss, result.eval_loss)
     assert entry["kept_step"] == result.kept_step
+    assert entry["epochs"] == round(STEPS / -(-info["rows"] // 8), 3)
     assert entry["weights_sha256"] == Adapter.from_pretrained(finished.weights).digest()
     assert {"decal", "torch", "transformers"} <= entry.keys()
     assert str(finished.run.parent) not in json.dumps(entry)

@@ -78,6 +78,8 @@ def test_an_interrupted_and_resumed_run_is_the_run_that_never_stopped(
     assert resumed is not None
     ours = load_file(resumed.weights / "adapter_model.safetensors")
     theirs = load_file(finished.weights / "adapter_model.safetensors")
+    ends = [Adapter.from_pretrained(done.weights).metadata for done in (resumed, finished)]
+    assert ends[0] == ends[1]
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert metrics(resumed.run) == metrics(finished.run)
 

@@ -28,7 +28,7 @@ def inspect(
 
 
 def _readable(found: dict[str, Any]) -> dict[str, Any]:
-    """Bytes in the unit that a person would choose."""
+    """Bytes in the unit that a person would choose, and trainings one below the other."""
     from decal.store.files import size_text
 
     def readable(key: str, value: Any) -> Any:
@@ -36,6 +36,8 @@ def _readable(found: dict[str, Any]) -> dict[str, Any]:
             if key == "bytes_by_dtype":
                 return {dtype: size_text(size) for dtype, size in value.items()}
             return {name: readable(name, inner) for name, inner in value.items()}
+        if key == "runs":
+            return {f"run {i}": entry for i, entry in enumerate(value, 1)}
         if isinstance(value, list) and value and isinstance(value[0], dict):
             return [readable("", row) for row in value]
         return size_text(value) if key.endswith("bytes") and isinstance(value, int) else value

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,17 @@ from decal.version import __version__
 
 def run_facts(config: RunConfig, info: Mapping[str, Any], result: Result) -> dict[str, Any]:
     """The entry of a finished run; `info` is its info.json. What there is not is left out."""
-    source = config.data.path
+    source, rows, batch = config.data.path, info.get("rows"), config.train.batch_size
     on_hub = may_be_on_hub(source) and not Path(source).exists()
     facts = {
         "data": source if on_hub else Path(source).name,
         "data_sha256": info.get("data"),
-        "rows": info.get("rows"),
+        "rows": rows,
         "objective": config.objective,
         "seed": config.train.seed,
         "steps": result.steps,
         "kept_step": result.kept_step,
-        "planned_steps": info.get("steps"),
+        "epochs": None if rows is None else round(result.steps / ceil(rows / batch), 3),
         "trained_tokens": result.trained_tokens,
         "loss": result.loss,
         "eval_loss": result.eval_loss,
@@ -61,7 +62,7 @@ def history(
     elif runs and runs[-1].get("weights_sha256") != weights:
         changed = {"changed": "by other code than decal train", "decal": __version__}
         runs.append({**changed, "weights_sha256": weights})
-    return json.dumps(runs, sort_keys=True) if runs else None
+    return json.dumps(runs) if runs else None
 
 
 def runs_of(metadata: Mapping[str, str]) -> list[dict[str, Any]]:
