@@ -84,7 +84,7 @@ def test_what_survives_packing_is_measured_and_said(tmp_path: Path) -> None:
         kept += float(((after - before) * delta).double().sum())
         size += float((delta * delta).double().sum())
     assert done.packed["survival"] == pytest.approx(kept / size, rel=1e-3)
-    assert f"{kept / size:.1%} of it survived" in done.readable()["verified"]["update in the codes"]
+    assert f"{kept / size:.1%} of the update" in done.readable()["verified"]["in the codes"]
 
 
 def test_forward_passes_leave_the_packed_weights_alone(tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ def compare_effect(
         merged = work.look(
             auto.from_pretrained(folder, dtype="auto", trust_remote_code=plan.trust_remote_code)
         )
-    losses["merged"] = merged.loss
+    losses[f"merged --onto {onto}" if both else "merged"] = merged.loss
     facts = _distances(base, adapted, merged, found)
     if data is not None:
         facts["rows"] = len(work.rows)
@@ -159,12 +159,12 @@ def _unmerged(
             seen[name] = work.look(model, disabled(model)), work.look(model)
             losses["base"] = seen[name][0].loss
         if name == "trained" and (both or onto == "trained"):
-            losses["adapter, unmerged"] = seen[name][1].loss if seen else work.look(model).loss
+            losses["adapter, not merged"] = seen[name][1].loss if seen else work.look(model).loss
         if both and name != onto:
             merge_in_place(model)
             losses[f"merged --onto {name}"] = work.look(model).loss
         if onto == name == "original" and not both:
-            losses["adapter, unmerged"] = seen[name][1].loss
+            losses["adapter, not merged"] = seen[name][1].loss
     return *seen[onto], losses
 
 

@@ -103,9 +103,9 @@ class Merged:
             shown["untied"] = list(r.untied)
         checks = _verified(r)
         if self.packed is not None and self.packed["survival"] is not None:
-            checks["update in the codes"] = (
-                f"{self.packed['survival']:.1%} of it survived packing; the error of the codes is"
-                f" {self.packed['error']:.2f} times the update"
+            checks["in the codes"] = (
+                f"{self.packed['survival']:.1%} of the update; their error is"
+                f" {self.packed['error']:.2f} times its size"
             )
         shown["verified"] = checks
         return shown | ({"compared": _compared(self.effect)} if self.effect else {})
@@ -168,8 +168,8 @@ def merge(
     else:
         report, packed = work.write_quantized(Path(out), quant)
     _warn(report)
-    done = {"base": path, "adapter": str(adapter), "onto": onto}
-    return Merged(**done, report=report, effect=work.effect, packed=packed)
+    done = Merged(base=path, adapter=str(adapter), onto=onto, report=report)
+    return replace(done, effect=work.effect, packed=packed)
 
 
 @dataclass
@@ -218,35 +218,34 @@ class _Work:
         changes = changes_onto(self.plan, self.onto)
         check_free(out, force=self.force, marker="config.json")
         require_space(out, 3 * self.plan.files.nbytes)
-        beside = Path(os.path.realpath(out))
-        with (
-            atomic_folder(out, force=self.force, marker="config.json") as folder,
-            scratch_folder(beside.with_name(f"{beside.name}.16-bit")) as scratch,
-        ):
-            try:
-                report = self.write(scratch / "merged", changes)
-            except VerificationError as error:
-                wrong = scratch / "merged.failed-verification"
-                if not wrong.exists():
-                    raise
-                *details, _ = error.details  # the last one names a folder that is about to go
-                problem = VerificationError(error.message, details=details, hint=error.hint)
-                raise wrong_merge(problem, wrong, out) from error
+        with scratch_folder(Path(os.path.realpath(out))) as scratch:
+            report = self._beside(scratch, out, changes)
+            packed = scratch / "packed"
+            observe = self.stage("quantizing")
             converted, left = requantize(
-                self.plan,
-                changes,
-                scratch / "merged",
-                folder,
-                quant,
-                self.stage("quantizing"),
+                self.plan, changes, scratch / "merged", packed, quant, observe
             )
             facts = _facts(self.plan, self.onto, self.dtype)
-            facts |= {"made_by": "merge", "quantized": left, "stored": converted.stored}
-            record = {"verification": report.verification.facts(), **facts}
-            amend_record(folder, record)
+            facts |= {"quantized": left, "stored": converted.stored}
+            amend_record(packed, {"verification": report.verification.facts(), **facts})
+            with atomic_folder(out, force=self.force, marker="config.json") as folder:
+                for file in packed.iterdir():
+                    os.rename(file, folder / file.name)
         written = open_base(out)
         report = replace(report, out=out, nbytes=converted.nbytes, fingerprint=fingerprint(written))
         return report, {**left, "stored": converted.stored}
+
+    def _beside(self, scratch: Path, out: Path, changes: Changes) -> MergeReport:
+        """The 16-bit merge that is packed then; a wrong one is kept beside `out` all the same."""
+        try:
+            return self.write(scratch / "merged", changes)
+        except VerificationError as error:
+            wrong = scratch / "merged.failed-verification"
+            if not wrong.exists():
+                raise
+            *details, _ = error.details  # the last one names a folder that is about to go
+            problem = VerificationError(error.message, details=details, hint=error.hint)
+            raise wrong_merge(problem, wrong, out) from error
 
 
 def _rows(verify: str | Path | None, target: Target) -> DataConfig | None:
@@ -312,9 +311,9 @@ _ONTO = {
 def _compared(effect: dict[str, Any]) -> dict[str, Any]:
     """The comparison of models in words."""
     e = effect
-    shown = {
+    shown: dict[str, Any] = {
         "merged model": f"{e['distance']:.1%} of the adapter's effect away from base + adapter"
-        f" (0% is the same model, 100% no update; limit {e['limit']:.0%})",
+        f" (100% is no update, the limit is {e['limit']:.0%})",
         "largest difference": f"{e['max_difference']:.3g} in a logit; the adapter moves them by up"
         f" to {e['max_difference_of_base']:.3g}",
         "KL": f"{e['kl']:.2g} nats from base + adapter; the base is {e['kl_of_base']:.2g} away",
@@ -322,8 +321,7 @@ def _compared(effect: dict[str, Any]) -> dict[str, Any]:
         f" {e['top_1_agreement_of_base']:.1%}",
     }
     if "losses" in e:
-        losses = (f"{name} {loss:.4f}" for name, loss in e["losses"].items())
-        shown[f"loss on {e['rows']} rows"] = ", ".join(losses)
+        shown[f"loss on {e['rows']} rows"] = e["losses"]
     return shown
 
 
@@ -332,32 +330,31 @@ def _verified(report: MergeReport) -> dict[str, Any]:
     found, worst = report.verification, report.verification.worst
     shown: dict[str, Any] = {}
     if worst is not None:
+        count = len(found.findings)
         shown["A/B pairs"] = f"{found.pairs} of {found.pairs} used once, none left over"
-        shown["read again"] = (
-            f"{len(found.findings)} of {len(found.findings)} updated weights are base + update,"
-            " rounded once, in every number"
-        )
-        shown["worst layer"] = (
-            f"{worst.module}: output off by {worst.relative:.2%} of the update"
-            f" (rounding explains {worst.allowed:.2%}; 100% would be no update)"
+        shown["read again"] = f"{count} of {count} weights are base + update, rounded once"
+        shown["worst layer"] = f"{worst.relative:.2%} of the update off, in {worst.module}"
+        shown["to compare"] = (
+            f"rounding explains up to {worst.allowed:.2%}, no update at all would be 100%"
         )
     if found.faint:
         shown["too small"] = (
             f"{len(found.faint)} of {len(found.findings)} updates are below what {report.dtype}"
-            " can show in a layer's output; their numbers are right"
+            " shows in a layer's output"
         )
     shown["other tensors"] = f"{found.same} of {found.same} hold the bytes that were meant"
     if report.survival is not None and report.unmoved is not None:
         shown["update kept"] = (
             f"{report.survival:.2%} after rounding to {report.dtype}; {report.unmoved:.1%} of the"
-            " weights it should move did not move"
+            " weights did not move"
         )
     if found.quantization is not None:
-        every, *kinds = found.quantization.items()
-        shown["4-bit error"] = (
-            f"{every[1]:.2f} times the size of the update"
-            f" ({', '.join(f'{kind} {ratio:.2f}' for kind, ratio in kinds)})"
+        shown["quantization"] = (
+            f"{found.quantization['all']:.2f} times the update between the weights of training"
+            " and the original"
         )
+        kinds = (f"{kind} {x:.2f}" for kind, x in found.quantization.items() if kind != "all")
+        shown["by layer"] = ", ".join(kinds)
     return shown
 
 
