@@ -28,6 +28,8 @@ import torch.utils.deterministic
 from decal.train.events import Event, Note
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_FRESH: Any = torch.utils.deterministic
+"""A module whose one setting is a property that type checkers do not see."""
 _WITHOUT = re.compile(r"^(.{1,80}?) does not have a deterministic implementation")
 _CUBLAS = re.compile(r"CuBLAS and it is not deterministic|" + WORKSPACE)
 
@@ -43,7 +45,7 @@ def deterministic(observe: Callable[[Event], None]) -> Iterator[None]:
     """Deterministic algorithms inside the block; what has none is observed once, as a Note."""
     enabled = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    filled = _FRESH.fill_uninitialized_memory
     said: set[str] = set()
     with warnings.catch_warnings():
         show = warnings.showwarning
@@ -61,12 +63,12 @@ def deterministic(observe: Callable[[Event], None]) -> Iterator[None]:
         for pattern in (_WITHOUT, _CUBLAS):
             warnings.filterwarnings("always", message=f".*{pattern.pattern.lstrip('^')}")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        _FRESH.fill_uninitialized_memory = False
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(enabled, warn_only=only_warned)
-            torch.utils.deterministic.fill_uninitialized_memory = filled
+            _FRESH.fill_uninitialized_memory = filled
 
 
 def _lacking(message: str) -> str | None:
