@@ -35,10 +35,8 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sft.CHUNK_ELEMENTS, "cpu", 2**15)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_base(folder: Path) -> Path:
     """A 16-bit model in which words weigh about as much as they do in small real ones."""
-    folder = tmp_path_factory.mktemp("base")
     config = tf.LlamaConfig(
         vocab_size=WORDS,
         hidden_size=128,
@@ -50,6 +48,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     zoo.tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 def model_of(base: Path, quant: Any = "nf4") -> Any:
