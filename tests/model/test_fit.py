@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from decal.config import LoraConfig
-from decal.errors import AdapterError
+from decal.errors import AdapterError, DecalWarning
 from decal.model.adapter import Adapter
 from decal.model.inject import adapter_state, adapters_of, attach, full_state
 from decal.store.peft import LoraTensors
@@ -106,6 +106,14 @@ def test_each_misfit_is_named(adapter: Adapter, change: str, count: str, detail:
     assert count in caught.value.message
     assert detail in "\n".join(caught.value.details)
     assert adapters_of(model) == {}
+
+
+def test_other_values_may_be_allowed_and_other_shapes_not(adapter: Adapter) -> None:
+    """Fails when the permission is lost on its way, goes without a word, or covers shapes."""
+    with pytest.warns(DecalWarning, match="holds 1 base weights that differ: model.embed_tokens"):
+        attach(build("llama"), misfit(adapter, "other base"), allow_other_base=True)
+    with pytest.raises(AdapterError, match="1 of 1 base weights"):
+        attach(build("llama"), misfit(adapter, "resized"), allow_other_base=True)
 
 
 def test_several_misfits_are_one_error(adapter: Adapter) -> None:

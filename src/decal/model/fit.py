@@ -5,6 +5,7 @@ Every misfit is collected; they are one error, counts first. Knows no files.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from decal.config import LoraConfig
-from decal.errors import AdapterError, nearest
+from decal.errors import AdapterError, DecalWarning, nearest
 from decal.model.slots import Slots
 from decal.model.survey import base_modules, base_name, is_packed
 
@@ -70,9 +71,13 @@ class AdapterLike(Protocol):
     def base(self) -> str | None: ...
 
 
-def check_fit(model: nn.Module, adapter: AdapterLike, slots: Slots) -> None:
+def check_fit(
+    model: nn.Module, adapter: AdapterLike, slots: Slots, *, allow_other_base: bool = False
+) -> None:
     """Tensors and slots must pair off, copies of base weights be the base's, and a head that the
     base's files lack be in the adapter.
+
+    With `allow_other_base` copies with other values are a DecalWarning.
 
     Raises:
         AdapterError: they do not; the whole misfit.
@@ -93,7 +98,12 @@ def check_fit(model: nn.Module, adapter: AdapterLike, slots: Slots) -> None:
         for n, shape in shapes.items()
         if n in adapter.full and tuple(adapter.full[n].shape) != shape
     ]
-    other = _other_base(model, adapter.base_copies)
+    other, values = _other_base(model, adapter.base_copies)
+    if values and allow_other_base:
+        text = f"adapter `{adapter.source}` holds {len(values)} base weights that differ"
+        warnings.warn(f"{text}: {_first(values)}", DecalWarning, stacklevel=3)
+    elif values:
+        other += values
     new: tuple[str, ...] = getattr(getattr(model, "decal_base", None), "new", ())
     nowhere = [f"{n}: neither the base's files nor the adapter hold it"
                for n in new if n not in adapter.full and n not in shapes]  # fmt: skip
@@ -145,10 +155,13 @@ def _misshapen(module: str, parts: Parts, adapter: AdapterLike, slots: Slots) ->
     return found
 
 
-def _other_base(model: nn.Module, copies: Mapping[str, Tensor]) -> list[str]:
-    """Why copies of base weights are not the base's; those of quantized layers are not compared."""
+def _other_base(model: nn.Module, copies: Mapping[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Copies of base weights that cannot be the base's, and copies with other values, and why.
+
+    Those of quantized layers are not compared.
+    """
     modules = dict(base_modules(model)) if copies else {}
-    problems = []
+    problems, values = [], []
     for name, copy in copies.items():
         module, _, leaf = name.rpartition(".")
         owner = modules.get(module)
@@ -161,8 +174,8 @@ def _other_base(model: nn.Module, copies: Mapping[str, Tensor]) -> list[str]:
             shapes = f"{list(copy.shape)} with the adapter, {list(own.shape)} in the base"
             problems.append(f"{name}: {shapes}; the vocabulary was resized")
         elif own.device.type != "meta" and not torch.equal(own.detach().cpu(), copy.to(own.dtype)):
-            problems.append(f"{name}: the embedding or head was trained too, or is another base's")
-    return problems
+            values.append(f"{name}: the embedding or head was trained too, or is another base's")
+    return problems, values
 
 
 def _unknown(module: str, slots: list[str]) -> str:

@@ -111,7 +111,7 @@ def attach(
     _check_name(name, attached)
     slots = slots_for(model, settings, new=trained is None)
     if trained is not None:
-        check_fit(model, trained, slots)
+        check_fit(model, trained, slots, allow_other_base=allow_other_base)
         check_base = getattr(model, "decal_check", None)  # left by whoever loaded the model
         if check_base is not None:
             check_base(model, trained, allow_other_base=allow_other_base)
