@@ -25,6 +25,8 @@ __all__ = ["Key", "Problem", "collected", "config_error", "describe", "expects",
 Key = tuple[str, ...]
 
 MOST_SHOWN = 20
+LONGEST = 500
+"""Characters of one problem."""
 
 ALIASES = {
     "adapter_name_or_path": "from",
@@ -112,9 +114,10 @@ def config_error(error: ValidationError, model: type[BaseModel], name: str) -> C
 
 def collected(lines: Sequence[str], name: str, hint: str | None = None) -> ConfigError:
     """One ConfigError for all `lines`: a single one is the sentence itself."""
+    # A key or value may be of any length.
+    shown = [f"{line[:LONGEST]}..." if len(line) > LONGEST else line for line in lines[:MOST_SHOWN]]
     if len(lines) == 1:
-        return ConfigError(lines[0], hint=hint)
-    shown = list(lines[:MOST_SHOWN])
+        return ConfigError(shown[0], hint=hint)
     if len(lines) > MOST_SHOWN:
         shown.append(f"and {len(lines) - MOST_SHOWN} more")
     return ConfigError(f"{name} has {len(lines)} problems", details=shown, hint=hint)

@@ -538,3 +538,14 @@ def test_metrics_of_another_kind(tmp_path: Path, line: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(f'{line}\n{{"step": 2, "loss": 1.0}}\n')
     with pytest.raises(StorageError, match="1 of 2 lines are damaged"):
         RunFolder.look(tmp_path).metrics()
+
+
+def test_keys_without_end_are_not_repeated() -> None:
+    """The message was as long as the key."""
+    for text in (
+        "a" * 50_000 + ": 1\nbase: a\n",
+        "base: a\ndata: b\noutput: c\nx: 1\n" + "k" * 9000 + ": 1",
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse_run(text)
+        assert len(str(caught.value)) < 3000
