@@ -20,6 +20,7 @@ from decal.data.sample import Sample
 from decal.errors import ConfigError, DataError, DecalError, Interrupted, OutputError
 from decal.model import heads, hf, names
 from decal.model.adapter import Adapter
+from decal.model.hub import commit_of
 from decal.model.inject import attach
 from decal.model.quantizer import quantize_skeleton
 from decal.model.rates import learning_rates
@@ -51,6 +52,8 @@ class Inputs:
 
     config: RunConfig
     problems: list[Problem] = field(default_factory=list)
+    commit: str | None = None
+    """What the base's revision means on the hub, asked for once; None for a folder."""
     going_on: Adapter | None = None
     """The adapter that training goes on with."""
     rows: RunRows | None = None
@@ -63,6 +66,13 @@ class Inputs:
     """What the adapter came to; None where every weight is trained."""
     allow_other_base: bool = False
     """Whether to go on with an adapter on a base that it was not trained on, with a warning."""
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Which files of the base are meant, for whatever reads them."""
+        base = self.config.base
+        revision = self.commit or base.revision
+        return {"revision": revision, "trust_remote_code": base.trust_remote_code}
 
     def attempt(self, area: str, work: Callable[[], Found]) -> Found | None:
         """What `work` gives, or None after its error was noted; the same error is noted once."""
@@ -108,13 +118,15 @@ def look(config: RunConfig) -> Inputs:
         if (going_on := found.going_on) is not None:
             known = found.attempt("targets", lambda: labels_of(going_on))
     found.rows = rows = found.attempt("data", lambda: read_run_rows(config, known))
-    found.skeleton = found.attempt("model", lambda: _skeleton(config, rows, known))
-    found.tokenizer = found.attempt(
-        "model",
-        lambda: hf.load_tokenizer(
-            base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
-        ),
+    folder = found.attempt(
+        "model", lambda: hf.local_folder(base.path, base.revision, weights=False)
     )
+    if folder is not None:
+        found.commit = None if Path(base.path).expanduser().is_dir() else commit_of(folder)
+        found.skeleton = found.attempt("model", lambda: _skeleton(found, known))
+        found.tokenizer = found.attempt(
+            "model", lambda: hf.load_tokenizer(base.path, **found.place)
+        )
     if rows is not None and found.tokenizer is not None:
         found.encoded = found.attempt("data", lambda: encode(rows, found.tokenizer, config))
     if found.skeleton is not None:
@@ -224,19 +236,14 @@ def refuse_beyond_context(model: Any, samples: list[Sample]) -> None:
         )
 
 
-def _skeleton(config: RunConfig, rows: RunRows | None, known: tuple[str, ...] | None) -> Any:
+def _skeleton(found: Inputs, known: tuple[str, ...] | None) -> Any:
     """None for a model whose own code cannot be built without weights; loading will tell."""
-    base = config.base
-    labels = known
+    config, labels = found.config, known
     if config.objective == "classify":
-        labels = (rows and rows.classes) or known or ("0", "1")  # any two: no row says better
+        labels = (found.rows and found.rows.classes) or known
+        labels = labels or ("0", "1")  # any two: no row says better
     try:
-        return names.skeleton(
-            base.path,
-            revision=base.revision,
-            trust_remote_code=base.trust_remote_code,
-            labels=labels,
-        )
+        return names.skeleton(config.base.path, **found.place, labels=labels)
     except DecalError:
         raise
     except Exception:
@@ -258,12 +265,10 @@ def _attached(found: Inputs) -> TargetTable | None:
 
 def _new_head(found: Inputs) -> tuple[str, ...]:
     """Parameters of a classification head, unless the files' own is for these very labels."""
-    base, labels = found.config.base, heads.labels_of(found.skeleton)
+    labels = heads.labels_of(found.skeleton)
     if labels is None:
         return ()
-    config = hf.load_config(
-        base.path, revision=base.revision, trust_remote_code=base.trust_remote_code
-    )
+    config = hf.load_config(found.config.base.path, **found.place)
     if heads.stored_labels(config) == labels:
         return ()
     named = found.skeleton.named_parameters()

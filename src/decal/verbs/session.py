@@ -167,11 +167,11 @@ def begin(found: Inputs, say: Say) -> Session:
             quant=config.quant,
             dtype=base.dtype,
             device=base.device,
-            revision=base.revision,
-            trust_remote_code=base.trust_remote_code,
             labels=rows.classes,
             tokenizer=found.tokenizer,
+            **found.place,
         )
+        model.decal_base = replace(model.decal_base, revision=base.revision)  # as it was asked for
         keep_fingerprint(model)
     bits = bits_per_weight(model)
     _say_base(model, bits, config, say)
