@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from decal.errors import AdapterError
+from decal.errors import AdapterError, DecalWarning
 from decal.verbs.merge import Merged, merge
 from tests import zoo
 from tests.peft_adapters import OPTIONS, QV, TIED, logits, theirs
@@ -137,6 +137,8 @@ def test_another_base_is_told_by_the_copies(tmp_path: Path) -> None:
     zoo.save("qwen2", tmp_path / "base", seed=5)
     with pytest.raises(AdapterError, match="1 of 1 base weights stored in it differ"):
         merge(str(tmp_path / "base"), tmp_path / "a", tmp_path / "m")
+    with pytest.warns(DecalWarning, match="holds 1 base weights that differ"):
+        merge(str(tmp_path / "base"), tmp_path / "a", tmp_path / "m", allow_other_base=True)
 
 
 def test_a_resized_vocabulary_is_told_by_the_copies(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ transformers makes of several, a bias where the file has none, a head for a lang
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from decal.adapters.base import LowRank
-from decal.errors import AdapterError, BaseModelError, DecalError
+from decal.errors import AdapterError, BaseModelError, DecalError, DecalWarning
 from decal.model import heads, hf, names
 from decal.model.adapter import Adapter
 from decal.store.base import BaseFiles, open_base
@@ -182,7 +183,7 @@ def _refuse_fused(plan: Merging) -> None:
 
 def _check_copies(plan: Merging) -> None:
     """Base weights that peft stored with the adapter must be those of this base."""
-    tied, problems = _tied(plan), []
+    tied, problems, values = _tied(plan), [], []
     for name, copy in plan.adapter.base_copies.items():
         key = plan.key(name)
         entry = plan.files.tensors.get(tied.get(key, key))
@@ -192,7 +193,12 @@ def _check_copies(plan: Merging) -> None:
             shapes = f"{list(copy.shape)} with the adapter, {list(entry.spec.shape)} in the base"
             problems.append(f"{name}: {shapes}; the vocabulary was resized")
         elif not _same_rounded(copy, plan.files.read(entry.key)):
-            problems.append(f"{name}: the embedding or head was trained too, or is another base's")
+            values.append(f"{name}: the embedding or head was trained too, or is another base's")
+    if values and plan.allow_other_base:
+        text = f"adapter `{plan.adapter.source}` holds {len(values)} base weights that differ"
+        warnings.warn(f"{text}, first {values[0]}", DecalWarning, stacklevel=4)
+    else:
+        problems += values
     if problems:
         more = f"  (and {len(problems) - 1} more)" if problems[1:] else ""
         raise AdapterError(
