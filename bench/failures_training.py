@@ -290,18 +290,19 @@ def _evaluations(folder: Path, base: Path, ours: list[int]) -> Case:
                 found.append(peak(lambda t=trainer, d=data: t.evaluate(d)))
             grown[what] = (found[2] - found[1]) / 4
     logits_of_row = 128 * upcasts.WORDS * 2
-    kept = grown["with compute_metrics"] > logits_of_row / 2
-    texts = [f"{what} {size / 2**20:.2f} MiB" for what, size in grown.items()]
     our_growth = (ours[1] - ours[0]) / 4
     right: Verdict = "right" if our_growth < logits_of_row / 10 else "silent"
     return Case(
         what="what one more row of an evaluation costs; its logits are "
         f"{logits_of_row / 2**20:.2f} MiB in bf16",
         seen=[
-            Seen(
-                who="transformers",
-                verdict=heard.verdict(not kept),
-                text=f"Trainer.evaluate: {', '.join(texts)}; {heard.words()}",
+            *(
+                Seen(
+                    who="transformers",
+                    verdict=heard.verdict(size < logits_of_row / 10),
+                    text=f"Trainer.evaluate, {what}: {size / 2**20:.2f} MiB; {heard.words()}",
+                )
+                for what, size in grown.items()
             ),
             Seen(who="decal", verdict=right, text=f"{our_growth / 2**20:.2f} MiB"),
         ],
@@ -430,7 +431,7 @@ def _saved(who: str, folder: Path, save: Callable[[], object]) -> Seen:
     seconds = time.perf_counter() - began
     there = (folder / who / "adapter_model.safetensors").exists()
     wait = f" in {seconds:.0f} s" if seconds >= 1 else ""
-    text = f"{'saved' if there else 'not saved'}{wait}, the hub was asked {len(tried)} times; "
+    text = f"{'saved' if there else 'not saved'}{wait}, requests to the hub: {len(tried)}; "
     return Seen(who=who, verdict=heard.verdict(there), text=text + heard.words())
 
 
