@@ -49,7 +49,8 @@ from decal.store.tensorfile import read_header
 from decal.train import train
 from decal.verbs.inspect import inspect
 from decal.verbs.load import labels_of
-from decal.verbs.target import BASE, LABELS, base_of
+from decal.verbs.push import _contents as contents
+from decal.verbs.target import BASE, LABELS, Target, base_of
 
 SOON = 3.0
 """Seconds; each of these took minutes, or for ever."""
@@ -378,6 +379,18 @@ def test_links_out_of_a_model_are_not_copied(base: Path, tmp_path: Path, name: s
     (base / "inside").write_text("x")
     (base / name).symlink_to("inside")
     assert Path(name) in side_files(base)
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "modeling_x.py", "README.md"])
+def test_links_out_of_a_model_are_not_pushed(base: Path, tmp_path: Path, name: str) -> None:
+    """The hub got what the link led to."""
+    target = Target(kind="model", path=str(base))
+    assert "config.json" in contents(target, print)[0]
+    (tmp_path / "secret").write_text("secret")
+    (base / name).unlink(missing_ok=True)
+    (base / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(BaseModelError, match="is a link out of its folder"):
+        contents(target, print)
 
 
 def test_links_of_the_hubs_cache_are_its_own(tmp_path: Path) -> None:
