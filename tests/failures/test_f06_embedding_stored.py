@@ -63,7 +63,7 @@ def test_a_copy_of_another_base_is_refused(tmp_path: Path, monkeypatch: pytest.M
     adapter = read(with_copy(tmp_path, tmp_path / "theirs", wrong=0.1))
     with pytest.raises(AdapterError, match="1 of 1 base weights stored with it differ"):
         attach(zoo.build("llama"), adapter)
-    monkeypatch.setattr(inject, "check_fit", lambda *_: None)
+    monkeypatch.setattr(inject, "check_fit", lambda *_, **__: None)
     model = zoo.build("llama")
     attach(model, adapter)
     copy = adapter.base_copies["model.embed_tokens.weight"]
