@@ -11,19 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from decal.errors import BaseModelError, DataError, OutputError, StorageError
-from decal.store.files import is_leftover
 from decal.store.run import RunFolder
 from decal.train import train as train_job
 from decal.train.events import Event, Note
 from decal.verbs.train import train
 from tests.chaos import server
 from tests.chaos.points import GROWS, OTHERWISE, Points, install
+from tests.chaos.same import assert_same_training, leftovers
 from tests.train.tiny_run import TinyModel, job
-
-TIMES = {"seconds", "step_seconds"}
 
 
 @pytest.fixture(autouse=True)
@@ -67,24 +64,6 @@ def tiny(path: Path, observe: Callable[[Event], None] = lambda event: None) -> N
         )
 
 
-def assert_same(one: Path, other: Path) -> None:
-    a, b = RunFolder.look(one), RunFolder.look(other)
-
-    def exact(run: RunFolder) -> list[dict[str, Any]]:
-        return [{k: v for k, v in row.items() if k not in TIMES} for row in run.metrics()]
-
-    assert exact(a) == exact(b)
-    assert a.steps() == b.steps()
-    for step in a.steps():
-        left, right = a.checkpoint(step), b.checkpoint(step)
-        for stem in ("trainable", "optimizer"):
-            ours, theirs = left.tensors(stem), right.tensors(stem)
-            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        for key in left.state.keys() - TIMES:
-            assert left.state[key] == right.state[key], key
-    assert not [path for path in other.rglob("*") if is_leftover(path.name)]
-
-
 @pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_at_any_write(tmp_path: Path, stride: int) -> None:
     """Writes, fsyncs, mkdirs and renames of a run in turn, torn in the middle; then space is made.
@@ -108,7 +87,7 @@ def test_a_disk_that_is_full_at_any_write(tmp_path: Path, stride: int) -> None:
         assert (said.exit_code, "full" in said.message) == (1, True)
         before = RunFolder.look(path).steps()
         tiny(path)
-        assert_same(tmp_path / "straight", path)
+        assert_same_training(tmp_path / "straight", path)
         assert not before or RunFolder.look(path).steps()[-1] >= before[-1]
 
 
@@ -168,7 +147,7 @@ def test_a_damaged_checkpoint_is_found_out(tmp_path: Path, name: str, damage: st
     assert len(notes) == 1
     assert notes[0].startswith("going back to step 4, because `")
     assert name in notes[0]
-    assert_same(tmp_path / "straight", path)
+    assert_same_training(tmp_path / "straight", path)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +187,7 @@ def test_a_disk_that_is_full_at_the_end(inputs: Path) -> None:
         ours = (inputs / "full" / "adapter" / name).read_bytes()
         assert ours == (inputs / "straight" / "adapter" / name).read_bytes()
     assert "result" in RunFolder.look(config.output).info()
-    assert not [path for path in (inputs / "full").rglob("*") if is_leftover(path.name)]
+    assert leftovers(inputs / "full") == []
 
 
 def test_a_cut_base_and_damaged_rows_are_named(inputs: Path) -> None:

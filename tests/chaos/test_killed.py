@@ -17,17 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from decal.store.files import is_leftover
 from decal.store.run import RunFolder
 from tests.chaos.points import OTHERWISE
+from tests.chaos.same import assert_same_training, leftovers
 from tests.chaos.server import VARIANTS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 REPO = Path(__file__).resolve().parents[2]
-TIMES = {"seconds", "step_seconds"}
 TRIES = 5
 PER_RUN = 6
 """Kills after which a run is let to its end and compared."""
@@ -102,30 +100,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     started.close()
 
 
-def exact(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
-
-
-def leftovers(folder: Path) -> list[str]:
-    return [str(path) for path in folder.rglob("*") if is_leftover(path.name)]
-
-
 def assert_same_run(one: Path, other: Path) -> None:
-    """Metrics, kept checkpoints with tensors and state, the adapter's files; nothing besides."""
-    a, b = RunFolder.look(one), RunFolder.look(other)
-    assert exact(a.metrics()) == exact(b.metrics())
-    assert a.steps() == b.steps()
-    for step in a.steps():
-        left, right = a.checkpoint(step), b.checkpoint(step)
-        for stem in ("trainable", "optimizer"):
-            ours, theirs = left.tensors(stem), right.tensors(stem)
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-        for key in left.state.keys() - TIMES:
-            assert left.state[key] == right.state[key], key
+    """The training, the adapter's files, the result; and no file besides."""
+    assert_same_training(one, other)
     assert_same_files(one / "adapter", other / "adapter")
     assert {f.name for f in one.iterdir()} == {f.name for f in other.iterdir()}
-    assert leftovers(other) == []
+    a, b = RunFolder.look(one), RunFolder.look(other)
     own = ("steps", "stopped", "loss", "eval_loss", "best_eval_loss", "best_step", "kept_step")
     for key in own:
         assert a.info()["result"][key] == b.info()["result"][key], key
