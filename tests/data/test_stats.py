@@ -36,6 +36,20 @@ def test_counts() -> None:
     ]
 
 
+def test_scattered_tokens_are_no_answers() -> None:
+    """An answer of one token with its end is not scattered. Mutations: count trained tokens for
+    pieces; let a piece reach from one sample into the next."""
+    masks = {"answers": "0011 0011", "lots": "0101 0010", "both": "0111 0101"}
+    found = {}
+    for name, mask in masks.items():
+        flags = [np.array([c == "1" for c in part]) for part in mask.split()]
+        ids = np.arange(4, dtype=np.int32)
+        samples = [Sample(row=i, input_ids=ids, trained=f) for i, f in enumerate(flags, 1)]
+        summary = summarize(samples)
+        found[name] = (summary.pieces, summary.scattered, summary.longest_row)
+    assert found == {"answers": (2, False, 1), "lots": (3, True, 1), "both": (3, False, 1)}
+
+
 def test_shown_pieces_are_the_whole_text(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("chatml")
     messages = (Message("user", "Grüße 🙂"), Message("assistant", "你好"))
