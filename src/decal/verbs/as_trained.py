@@ -67,9 +67,11 @@ class _Identity:
 
     def see(self, module: str, packed: Packed) -> None:
         """With the last weight, raises AdapterError if they are not those of the training."""
+        if not self._wanted:
+            return
         self._digests[module] = digest(module, packed)
         self.waiting.discard(module)
-        if self.waiting or not self._wanted:
+        if self.waiting:
             return
         compare_marks(
             self._plan.adapter,

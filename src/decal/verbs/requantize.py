@@ -8,9 +8,17 @@ what was written, as
 
     survival = <W'' - W, D> / <D, D>      W'' the new codes dequantized, W what D was added to
 
-1 if the update is all there, 0 if nothing is. (Noise that has nothing to do with D adds nothing to
-it; how large that is beside D is given as `error`.) Below one half more of the update is lost than
-kept, and the output is refused.
+1 if the update is all there, 0 if nothing is. Noise that has nothing to do with D adds nothing to
+it; how large that is beside D is given as `error` = ||W'' - W - D|| / ||D||. Measured on normal
+weights, NF4 in blocks of 64 with double quantization, an update of rank 16:
+
+    ||D|| / ||W||         0.0125   0.037   0.10   0.15   0.20   0.37
+    onto trained   s, e   0.02 1.1   0.10 1.1   0.84 0.8   0.96 0.6   0.99 0.5   1.00 0.3
+    onto original  s, e   1.00 7.4   1.00 2.5   1.00 0.9   0.99 0.6   1.00 0.5   1.00 0.3
+
+Below one half more of the update is lost than kept, and the output is refused. An error above 1 is
+no loss of the update, but the codes' noise is larger than all that was trained, and it is another
+noise than that of the training; it is said.
 """
 
 from __future__ import annotations
@@ -38,6 +46,8 @@ SURVIVES = 0.5
 """Share of the update that the new codes must hold."""
 WELL = 0.9
 """Share below which it is said."""
+LOUD = 1.0
+"""Error of the codes, relative to the update, from which it is said."""
 
 
 def requantize(
@@ -76,7 +86,7 @@ def requantize(
             hint="leave --quantize out and keep 16 bits, or keep the adapter apart from its"
             " quantized base; --onto original and int8 lose less",
         )
-    if share < WELL:
+    if share < WELL or (found.error or 0.0) > LOUD:
         warnings.warn(f"{said}; {detail}", DecalWarning, stacklevel=4)
     return packed, facts
 
