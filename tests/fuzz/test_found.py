@@ -50,7 +50,7 @@ from decal.train import train
 from decal.verbs.inspect import inspect
 from decal.verbs.load import labels_of
 from decal.verbs.push import _contents as contents
-from decal.verbs.target import BASE, LABELS, Target, base_of
+from decal.verbs.target import BASE, LABELS, Target, base_of, resolve
 
 SOON = 3.0
 """Seconds; each of these took minutes, or for ever."""
@@ -562,3 +562,10 @@ def test_keys_without_end_are_not_repeated() -> None:
         with pytest.raises(ConfigError) as caught:
             parse_run(text)
         assert len(str(caught.value)) < 3000
+
+
+def test_a_home_of_nobody() -> None:
+    """RuntimeError: Could not determine home directory."""
+    for use in (inspect, resolve, load_config):
+        with pytest.raises(DecalError):
+            use("~nobody-of-this-name/x")

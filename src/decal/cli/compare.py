@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,11 +101,11 @@ def _sorted_out(
     if base is not None or len(given) + len(more) < 2:
         return base, _named([*given, *more])
     for path in (path for path in given if "=" not in path):
-        if Path(path).expanduser().is_dir() and _is_model(path):
+        if Path(expanduser(path)).is_dir() and _is_model(path):
             return path, _named([*(p for p in given if p != path), *more])
     named = _named([*given, *more])
     first = given[0] if given and "=" not in given[0] else None
-    if first is not None and not Path(first).expanduser().exists() and _is_model(first):
+    if first is not None and not Path(expanduser(first)).exists() and _is_model(first):
         return first, _named([*given[1:], *more])
     return base, named
 

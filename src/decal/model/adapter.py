@@ -10,6 +10,7 @@ import hashlib
 import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,7 @@ class Adapter:
 
 
 def _folder(path: str | Path, revision: str | None) -> Path:
-    folder = Path(path).expanduser()
+    folder = Path(expanduser(path))
     if folder.exists() or not may_be_on_hub(str(path)):
         return folder
     found = adapter_folder(str(path), revision)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,7 @@ def load_model(
         QuantError: weights that the format cannot hold.
     """
     commit = None
-    if not Path(path).expanduser().is_dir():
+    if not Path(expanduser(path)).is_dir():
         commit = commit_of(local_folder(path, revision, weights=False))
     config = load_config(path, revision=commit or revision, trust_remote_code=trust_remote_code)
     device_map = {"": pick_device(device)} if str(pick_device(device)) != "cpu" else None
@@ -312,7 +313,7 @@ class Quiet:
 
 
 def _refuse_wrong_path(path: str) -> None:
-    folder = Path(path).expanduser()
+    folder = Path(expanduser(path))
     if folder.is_file():
         raise BaseModelError(f"`{path}` is a file, not a model", hint="name the folder it lies in")
     if folder.is_dir():
@@ -424,7 +425,7 @@ def local_folder(path: str, revision: str | None = None, *, weights: bool = True
         BaseModelError: neither a folder nor a model on the hub.
     """
     _refuse_wrong_path(path)
-    folder = Path(path).expanduser()
+    folder = Path(expanduser(path))
     if not folder.is_dir():
         folder = model_folder(path, revision, weights=weights)
         _refuse_other_folder(path, folder)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, errors, snapshot_download
@@ -52,7 +53,7 @@ def may_be_on_hub(path: str) -> bool:
 
 def near_path(path: str) -> str | None:
     """The existing file or folder that `path` was probably meant to name."""
-    folder = Path(path).expanduser()
+    folder = Path(expanduser(path))
     siblings = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
     near = nearest(folder.name, siblings)
     return str(folder.parent / near) if near else None

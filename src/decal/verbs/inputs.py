@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -122,7 +123,7 @@ def look(config: RunConfig) -> Inputs:
         "model", lambda: hf.local_folder(base.path, base.revision, weights=False)
     )
     if folder is not None:
-        found.commit = None if Path(base.path).expanduser().is_dir() else commit_of(folder)
+        found.commit = None if Path(expanduser(base.path)).is_dir() else commit_of(folder)
         found.skeleton = found.attempt("model", lambda: _skeleton(found, known))
         found.tokenizer = found.attempt(
             "model", lambda: hf.load_tokenizer(base.path, **found.place)
@@ -200,9 +201,9 @@ def refuse_contradictions(config: RunConfig) -> None:
 def refuse_own_output(config: RunConfig) -> None:
     """The run folder, which --force replaces, must not hold base or adapter; OutputError."""
     output = Path(config.output)
-    needed = {"base": Path(config.base.path).expanduser()}
+    needed = {"base": Path(expanduser(config.base.path))}
     if isinstance(config.adapter, ContinueConfig):
-        needed["adapter"] = Path(config.adapter.from_).expanduser()
+        needed["adapter"] = Path(expanduser(config.adapter.from_))
     for what, path in needed.items():
         if path.is_dir() and output.resolve() in (path.resolve(), *path.resolve().parents):
             raise OutputError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from math import prod
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     Raises:
         DecalError: nothing there, or nothing that decal knows.
     """
-    folder = Path(path).expanduser()
+    folder = Path(expanduser(path))
     if (folder / "run.yaml").exists():
         return _run(folder)
     target = resolve(path)

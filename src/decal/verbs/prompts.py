@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os.path import expanduser
 from pathlib import Path
 
 from decal.data.messages import kind, parse_messages, parse_tools
@@ -23,7 +24,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     Raises:
         DataError: no such file, no prompts, or rows that hold none; all of them in one error.
     """
-    file = Path(path).expanduser()
+    file = Path(expanduser(path))
     if not file.is_file():
         siblings = [f.name for f in file.parent.iterdir()] if file.parent.is_dir() else []
         near = nearest_file(file.name, siblings)

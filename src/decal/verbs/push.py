@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def push(
 
 def _refuse_at_once(target: str | Path, repo: str) -> None:
     """What can be known before anything is read or asked."""
-    if not Path(target).expanduser().exists():
+    if not Path(expanduser(target)).exists():
         near = near_path(str(target))
         raise DecalError(
             f"there is nothing at `{target}` on this disk",

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -141,10 +142,10 @@ def hashing(path: str) -> Iterator[Callable[[Any], None]]:
             raise InterruptedError
 
     def work() -> None:
-        if not Path(path).expanduser().is_dir():
+        if not Path(expanduser(path)).is_dir():
             return  # a hub id: the loading itself downloads it
         try:
-            files = open_base(Path(path).expanduser())
+            files = open_base(Path(expanduser(path)))
             marks = file_marks(files)
             found.append((fingerprint(files, observe), marks))
         except (DecalError, OSError):

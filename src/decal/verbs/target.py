@@ -6,6 +6,7 @@ Reads settings and headers only; loads nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from os.path import expanduser
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ def resolve(path: str | Path) -> Target:
         DecalError: a folder that is none of the three, a run that has left no weights yet, or an
             id that the hub does not have or does not show.
     """
-    folder = Path(path).expanduser()
+    folder = Path(expanduser(path))
     if not folder.exists():
         return _on_hub(str(path))
     if not folder.is_dir():

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def verify(
         DecalError: there is nothing to verify.
     """
     checks = _Checks(observe)
-    folder = Path(path).expanduser()
+    folder = Path(expanduser(path))
     if (folder / "run.yaml").exists():
         kind = "run"
         _run(checks, folder, base, full, trust_remote_code)
