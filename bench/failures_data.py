@@ -256,18 +256,18 @@ def f12(folder: Path) -> Row:
     cases = []
     for who, what, measure in (
         (
-            "transformers",
-            "a loop of one's own over DataCollatorWithFlattening",
+            "transformers, own loop",
+            "batches of DataCollatorWithFlattening",
             lambda: float(model(**flattening(data)).loss),
         ),
         (
-            "transformers",
-            "Trainer with DataCollatorWithFlattening",
+            "transformers, Trainer",
+            "batches of DataCollatorWithFlattening",
             lambda: _evaluated(folder, data, flattening),
         ),
         ("trl", "packing", lambda: _trl_loss(folder, data, packing=True)),
         (
-            "trl",
+            "trl, wrapped",
             "packing with packing_strategy wrapped, which is not the default",
             lambda: _trl_loss(folder, data, packing=True, packing_strategy="wrapped"),
         ),

@@ -277,7 +277,7 @@ def _step(model: Any) -> int:
 def _evaluations(folder: Path, base: Path, ours: list[int]) -> Case:
     grown = {}
     with watched() as heard:
-        for what, metrics in (("plain", None), ("with compute_metrics", lambda _: {})):
+        for what, metrics in (("plain", None), ("compute_metrics", lambda _: {})):
             found = []
             for count in (1, 2, 6):
                 model = tf.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -298,9 +298,9 @@ def _evaluations(folder: Path, base: Path, ours: list[int]) -> Case:
         seen=[
             *(
                 Seen(
-                    who="transformers",
+                    who=f"transformers, {what}",
                     verdict=heard.verdict(size < logits_of_row / 10),
-                    text=f"Trainer.evaluate, {what}: {size / 2**20:.2f} MiB; {heard.words()}",
+                    text=f"Trainer.evaluate: {size / 2**20:.2f} MiB; {heard.words()}",
                 )
                 for what, size in grown.items()
             ),
@@ -358,7 +358,7 @@ def _classifier(base: Path, seed: int) -> Any:
 def _our_head(
     folder: Path, base: Path, labels: tuple[str, ...], task: str | None, free: bool
 ) -> Iterator[Seen]:
-    out, wanted, found = folder / f"decal-{task}-{free}", torch.zeros(1), torch.zeros(1)
+    out, wanted, found = folder / f"classifier-{task or free}", torch.zeros(1), torch.zeros(1)
     with watched() as heard:
         model, _ = load_base(base, dtype="float32", device="cpu", labels=labels)
         whole = ("score",) if task else ()
