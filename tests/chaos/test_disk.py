@@ -81,10 +81,10 @@ def test_a_disk_that_is_full_at_any_write(tmp_path: Path, stride: int) -> None:
         try:
             with Disk(first).under(tmp_path):
                 tiny(path)
-            raise AssertionError(f"point {first} was not refused")
+            # Only the folder's own fsync may fail unsaid: some systems have none for folders.
+            assert first == endless.grown
         except StorageError as error:
-            said = error
-        assert (said.exit_code, "full" in said.message) == (1, True)
+            assert (error.exit_code, "full" in error.message) == (1, True)  # noqa: PT017
         before = RunFolder.look(path).steps()
         tiny(path)
         assert_same_training(tmp_path / "straight", path)
