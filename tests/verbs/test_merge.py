@@ -220,6 +220,24 @@ def test_a_merged_model_that_computes_the_base_is_not_put_in_place(
         merge(None, finished.run, tmp_path / "m", verify="logits")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.failed-verification"]
     assert "m.failed-verification" in caught.value.details[-1]
+    with pytest.raises(VerificationError, match="of the adapter's effect away") as caught:
+        merge(None, finished.run, tmp_path / "q", verify="logits", quantize="int8")
+    left = sorted(p.name for p in tmp_path.iterdir())
+    assert left == ["m.failed-verification", "q.failed-verification"]
+    (detail,) = (text for text in caught.value.details if "kept in" in text)
+    assert f"`{tmp_path / 'q.failed-verification'}`; `{tmp_path / 'q'}` was not made" in detail
+
+
+def test_logits_that_are_no_numbers_fail(
+    finished: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN is larger than no limit. Fails if the distance is only asked to be above it."""
+    real = effect_module._distances
+    monkeypatch.setattr(
+        effect_module, "_distances", lambda *given: real(*given) | {"distance": float("nan")}
+    )
+    with pytest.raises(VerificationError, match="nan of the adapter's effect away"):
+        merge(None, finished.run, tmp_path / "m", verify="logits")
 
 
 def _tuned(folder: Path, ratio: float) -> Path:

@@ -18,6 +18,7 @@ adapter and merged model, and for an adapter of a quantized base of both ways to
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -131,7 +132,8 @@ def compare_effect(
     if data is not None:
         facts["rows"] = len(work.rows)
         facts["losses"] = losses
-    if facts["distance"] > facts["limit"] and facts["limit"] < 1:
+    far = facts["distance"] > facts["limit"] and facts["limit"] < 1
+    if far or not math.isfinite(facts["distance"]):
         raise VerificationError(
             f"the merged model is {facts['distance']:.2f} of the adapter's effect away from base +"
             f" adapter (0 is the same, 1 is no update; the limit is {facts['limit']:.2f})",

@@ -274,14 +274,20 @@ def _facts(plan: Merging, onto: Onto, dtype: MergeDtype) -> dict[str, Any]:
         "decal": __version__,
         "made_by": "merge",
         "base": {
-            "path": plan.path,
+            "path": _place(plan.path),
             "revision": plan.revision,
             "fingerprint": known.get("fingerprint") or base_fingerprint(plan.path, plan.revision),
         },
-        "adapter": {"path": adapter.source, "sha256": adapter.digest()},
+        "adapter": {"path": _place(adapter.source), "sha256": adapter.digest()},
         "onto": onto,
         "dtype": dtype,
     }
+
+
+def _place(path: str) -> str:
+    """A folder's whole path, so that it is found from anywhere; a hub id as it is."""
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else path
 
 
 def _warn(report: MergeReport) -> None:
@@ -350,8 +356,8 @@ def _verified(report: MergeReport) -> dict[str, Any]:
         )
     if found.quantization is not None:
         shown["quantization"] = (
-            f"{found.quantization['all']:.2f} times the update between the weights of training"
-            " and the original"
+            f"the weights of training are {found.quantization['all']:.2f} times the update away"
+            " from the original"
         )
         kinds = (f"{kind} {x:.2f}" for kind, x in found.quantization.items() if kind != "all")
         shown["by layer"] = ", ".join(kinds)
