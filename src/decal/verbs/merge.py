@@ -25,7 +25,6 @@ from decal.verbs.plan_merge import Merging, changes_of, merging
 from decal.verbs.requantize import requantize
 from decal.verbs.same_base import base_fingerprint, check_files
 from decal.verbs.target import (
-    BASE,
     QUANTIZER,
     Target,
     base_of,
@@ -269,14 +268,13 @@ def changes_onto(plan: Merging, onto: Onto) -> Changes:
 def _facts(plan: Merging, onto: Onto, dtype: MergeDtype) -> dict[str, Any]:
     """What the folder's record says of base and adapter."""
     adapter = plan.adapter
-    known = metadata_json(adapter, BASE) or {}
     return {
         "decal": __version__,
         "made_by": "merge",
         "base": {
             "path": _place(plan.path),
             "revision": plan.revision,
-            "fingerprint": known.get("fingerprint") or base_fingerprint(plan.path, plan.revision),
+            "fingerprint": base_fingerprint(plan.path, plan.revision),
         },
         "adapter": {"path": _place(adapter.source), "sha256": adapter.digest()},
         "onto": onto,
