@@ -6,6 +6,7 @@ hundred bytes, the JSON in which bitsandbytes keeps its block size.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from math import prod
@@ -28,6 +29,8 @@ from decal.verbs.provenance import runs_of
 from decal.verbs.target import BASE, LABELS, QUANTIZER, resolve
 
 _STATE = ".quant_state.bitsandbytes__"
+_TABLES = re.compile(r"\.(nested_)?quant_map$|\.quant_state\.")
+"""What bitsandbytes stores once more with every weight: no bits of the weight's own."""
 _LONGEST = 10_000
 """Bytes of such a state; it has some three hundred."""
 
@@ -245,15 +248,17 @@ def _weights(files: BaseFiles) -> dict[str, Any]:
     if packed:
         numbers = sum(count for count, _ in packed.values())
         size = sum(files.tensors[key].spec.nbytes for key in parts)
+        tables = sum(files.tensors[key].spec.nbytes for key in parts if _TABLES.search(key))
         found["quantization"] = {
             **_format(files, next(iter(packed))),
             "parameters": numbers,
             "bytes": size,
-            "bits_per_weight": round(8 * size / numbers, 3),
+            "bits_per_weight": round(8 * (size - tables) / numbers, 3),
         }
         found["not_quantized"] = _by_kind(plain)
         numbers += sum(prod(entry.spec.shape) for entry in plain)
-        found |= {"parameters": numbers, "bits_per_weight": round(8 * files.nbytes / numbers, 3)}
+        bits = round(8 * (files.nbytes - tables) / numbers, 3)
+        found |= {"parameters": numbers, "bits_per_weight": bits}
     elif isinstance(settings, dict):  # packed in a way of another tool
         found["quantization"] = {"method": settings.get("quant_method", "unknown")}
     else:
