@@ -173,7 +173,7 @@ def _usage(error: typer.TyperException) -> int:
     hint = f"`{context.command_path} --help` shows what it takes" if context else None
     if possibilities:
         hint = f"did you mean `{min(possibilities, key=len)}`?"
-    message = message.replace("Value error, ", "")
+    message = message.replace("Value error, ", "").replace("Input should be", "it must be")
     console.show_usage("error", (message[:1].lower() + message[1:]).replace("'", "`"), hint)
     return 2
 
