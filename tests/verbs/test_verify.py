@@ -229,3 +229,10 @@ def test_a_model_of_another_tool(tmp_path: Path) -> None:
 def test_nothing_to_verify(tmp_path: Path) -> None:
     with pytest.raises(DecalError, match="neither a run, an adapter nor a model"):
         verify(tmp_path)
+
+
+def test_settings_alone_are_no_run(tmp_path: Path) -> None:
+    """Fails when a folder with a run.yaml and nothing else passes as a sound run."""
+    (tmp_path / "run.yaml").write_text("base: b\ndata: d.jsonl\noutput: o\n")
+    with pytest.raises(DecalError, match="nothing to verify"):
+        verify(tmp_path)

@@ -300,6 +300,12 @@ def _run(
     checks: _Checks, folder: Path, base: str | None, full: bool, trust_remote_code: bool
 ) -> None:
     run = RunFolder.look(folder)
+    left = ("info.json", "metrics.jsonl", "checkpoints", "adapter", "model")
+    if not any((folder / name).exists() for name in left):
+        raise DecalError(
+            f"`{folder}` has a run.yaml and nothing that a run leaves: there is nothing to verify",
+            hint="name the run's output folder",
+        )
     with checks.asking("settings"):
         load_run(folder / "run.yaml")
         checks.good("settings", "run.yaml can be read")
