@@ -160,18 +160,18 @@ def test_parquet_with_text_that_is_none(tmp_path: Path) -> None:
 def test_a_row_of_many_columns(tmp_path: Path) -> None:
     """Minutes of comparing names, and a message with all of them."""
     row = {f"column {i} " + "x" * 100: 1 for i in range(20_000)}
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(DataError) as caught:
         _rows(tmp_path / "a.jsonl", json.dumps(row))
-    assert time.perf_counter() - start < SOON
+    assert time.process_time() - start < SOON
     assert len(str(caught.value)) < 5000
 
 
 def test_names_without_end_are_not_compared() -> None:
     """The time to compare grows with the square of the length."""
-    start = time.perf_counter()
+    start = time.process_time()
     assert nearest("a" * 100_000, ["a" * 100_001, "b"]) is None
-    assert time.perf_counter() - start < SOON
+    assert time.process_time() - start < SOON
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
@@ -228,12 +228,12 @@ def test_scripts_in_a_data_folder_are_not_run(tmp_path: Path) -> None:
 )
 def test_yaml_that_is_all_beginning(text: str) -> None:
     """Four seconds for five kilobytes, and sixteen for ten: the parser's time is quadratic."""
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ConfigError, match="nested too deeply"):
         parse_run(text)
     with pytest.raises(ConfigError, match="nested too deeply"):
         parse_run("base: a\ndata: b\noutput: c\n", overrides=[f"quant={text}"])
-    assert time.perf_counter() - start < SOON
+    assert time.process_time() - start < SOON
 
 
 # --- adapters ---------------------------------------------------------------------------------
@@ -283,11 +283,11 @@ COSTLY = ["(a+)+$", "(a|aa)*$", r"(\.?a?)+$", ".*" * 20 + "x", "(a?){50}" + "a" 
 def test_patterns_that_take_for_ever(tmp_path: Path, key: str, pattern: str) -> None:
     """re.match did not come back."""
     value = {pattern: 2} if key.endswith("_pattern") else pattern
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(AdapterError, match="is not plain LoRA") as caught:
         read_adapter(_adapter(tmp_path / "a", **{key: value}))
     assert any("to match" in line for line in caught.value.details)
-    assert time.perf_counter() - start < SOON
+    assert time.process_time() - start < SOON
 
 
 def test_patterns_that_libraries_write_are_taken() -> None:

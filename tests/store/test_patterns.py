@@ -32,9 +32,9 @@ LONG = (".*" * 6, ".*a.*b.*c.*d.*e.*f", r"(.*a){16}", r"\w*\w*\w*\w*\w*\w*x", "(
 def test_quick_ones_are_taken(pattern: str) -> None:
     """Fails when a repeat that what follows ends is counted."""
     assert why_costly(pattern, ["a.b" * 30]) is None
-    start = time.perf_counter()
+    start = time.process_time()
     re.fullmatch(pattern, "a.1_" * 100)
-    assert time.perf_counter() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 @pytest.mark.parametrize("pattern", NESTED)

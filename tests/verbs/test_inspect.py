@@ -159,9 +159,9 @@ def test_a_hundred_gigabytes_take_no_longer(tmp_path: Path) -> None:
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + count * step)
-    began = time.perf_counter()
+    began = time.process_time()
     found = inspect(tmp_path)
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     assert found["bytes"] == count * step == 100_000_000_000
     assert found["parameters"] == count * shape[0] * shape[1]
 
