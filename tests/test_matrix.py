@@ -3,10 +3,10 @@
 The lists are the registries themselves, so a new format, method or architecture is in the matrix
 the day it is registered. Every cell does all of it: train, save, read, take off, put on, merge.
 
-Half of the cells run, chosen like the squares of one colour on a board (the numbers of
+`make test` runs half of the cells, chosen like the squares of one colour on a board (the numbers of
 architecture, kind and format add up to an even number): every architecture meets every format, so
-does every kind, and each kind on each architecture meets two formats. The options of the adapter
-take turns from cell to cell; all are in the cells' names.
+does every kind, and each kind on each architecture meets two formats. `make soak` runs the other
+half too. The options of the adapter take turns from cell to cell; all are in the cells' names.
 """
 
 from __future__ import annotations
@@ -76,18 +76,18 @@ def cells() -> Iterator[Any]:
     for (a, name), method in product(numbered, METHODS):
         for k, (kind, settings) in enumerate(kinds(name).items()):
             for f, fmt in enumerate(formats):
-                if (a + k + f) % 2 == 0:
-                    option = next(options)
-                    yield pytest.param(
-                        name,
-                        fmt,
-                        {
-                            **settings,
-                            **OPTIONS[option](settings["target_modules"]),
-                            "method": method,
-                        },
-                        id=f"{name}-{kind}-{fmt}-{method}-{option}",
-                    )
+                option = next(options)
+                yield pytest.param(
+                    name,
+                    fmt,
+                    {
+                        **settings,
+                        **OPTIONS[option](settings["target_modules"]),
+                        "method": method,
+                    },
+                    id=f"{name}-{kind}-{fmt}-{method}-{option}",
+                    marks=[pytest.mark.slow] if (a + k + f) % 2 else [],
+                )
 
 
 @pytest.fixture(scope="module")
