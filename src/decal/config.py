@@ -37,6 +37,8 @@ __all__ = [
     "QuantConfig",
     "RunConfig",
     "TrainConfig",
+    "by_pattern",
+    "fits",
 ]
 
 Value = TypeVar("Value")
@@ -195,11 +197,11 @@ class LoraConfig(Settings):
 
     def rank_of(self, module: str) -> int:
         """The rank on the module of this full name."""
-        return _by_pattern(self.rank_pattern, module, self.r)
+        return by_pattern(self.rank_pattern, module, self.r)
 
     def scaling_of(self, module: str) -> float:
         """The factor of B A on a module: alpha / r, or alpha / sqrt(r), of the module's own."""
-        alpha = _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+        alpha = by_pattern(self.alpha_pattern, module, self.lora_alpha)
         return _scaling(alpha, self.rank_of(module), self.use_rslora)
 
 
@@ -207,12 +209,14 @@ def _scaling(alpha: float, r: int, rank_stabilized: bool) -> float:
     return float(alpha / (r**0.5 if rank_stabilized else r))
 
 
-def _by_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
-    """The value of the first pattern that fits the module's name or an end of it, as in PEFT."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def fits(pattern: str, module: str) -> bool:
+    """Whether a regular expression fits a module's name or an end of it after a dot, as in PEFT."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def by_pattern(patterns: Mapping[str, Value], module: str, default: Value) -> Value:
+    """The value of the first pattern that fits the module."""
+    return next((value for pattern, value in patterns.items() if fits(pattern, module)), default)
 
 
 class FullConfig(Settings):

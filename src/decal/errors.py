@@ -113,6 +113,11 @@ _MOST = 2000
 """Names that are compared, and their characters: both may come from a stranger's file."""
 
 
+def first_of(lines: Sequence[str]) -> str:
+    """The first line, and how many more there are."""
+    return lines[0] + (f"  (and {len(lines) - 1} more)" if lines[1:] else "")
+
+
 def nearest(name: str, known: Sequence[str]) -> str | None:
     """The known name closest to `name`, or None if none is close enough to suggest."""
     if len(name) > _LONGEST:  # no typing error; and comparing takes the square of the length

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from decal.config import LoraConfig
-from decal.errors import AdapterError, DecalWarning, nearest
+from decal.errors import AdapterError, DecalWarning, first_of, nearest
 from decal.model.slots import Slots
 from decal.model.survey import base_modules, base_name, is_packed
 
@@ -101,7 +101,7 @@ def check_fit(
     other, values = _other_base(model, adapter.base_copies)
     if values and allow_other_base:
         text = f"adapter `{adapter.source}` holds {len(values)} base weights that differ"
-        warnings.warn(f"{text}: {_first(values)}", DecalWarning, stacklevel=3)
+        warnings.warn(f"{text}: {first_of(values)}", DecalWarning, stacklevel=3)
     elif values:
         other += values
     new: tuple[str, ...] = getattr(getattr(model, "decal_base", None), "new", ())
@@ -122,7 +122,7 @@ def check_fit(
         raise AdapterError(
             f"adapter `{adapter.source}` does not fit base `{base}`: "
             + ", ".join(text for lines, text in kinds if lines),
-            details=[_first(lines) for lines, _ in kinds if lines],
+            details=[first_of(lines) for lines, _ in kinds if lines],
             hint=None
             if adapter.base in (None, base)
             else f"the adapter was trained on `{adapter.base}` (adapter_config.json)",
@@ -181,7 +181,3 @@ def _other_base(model: nn.Module, copies: Mapping[str, Tensor]) -> tuple[list[st
 def _unknown(module: str, slots: list[str]) -> str:
     close = nearest(module, slots)
     return "the base has no such target" + (f", the nearest is {close}" if close else "")
-
-
-def _first(lines: list[str]) -> str:
-    return lines[0] + (f"  (and {len(lines) - 1} more)" if len(lines) > 1 else "")

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from decal.adapters import AdaptedLayer, BaseLayer, Lora, ReplacedModule, Routing, routed
-from decal.errors import AdapterError
+from decal.errors import AdapterError, first_of
 from decal.model.state import adapted_layers, lora_of, replaced_modules
 from decal.model.survey import base_modules, unwrapped
 
@@ -128,11 +128,7 @@ def _refuse(
     if bad:
         raise AdapterError(
             f"adapter `{name}` does not act on {len(bad)} of {total} modules",
-            details=[
-                found[0] + (f"  (and {len(found) - 1} more)" if found[1:] else "")
-                for found in lines.values()
-                if found
-            ],
+            details=[first_of(found) for found in lines.values() if found],
             hint="leave these modules out of target_modules and modules_to_save,"
             " or load the model without what replaces or fuses its layers",
         )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from decal.config import by_pattern, fits
 from decal.errors import ConfigError, nearest
 
 __all__ = ["learning_rates", "module_of"]
@@ -47,7 +48,7 @@ def learning_rates(
         )
     rates = {}
     for name, module in modules.items():
-        own = next((factor for p, factor in patterns.items() if _fits(p, module)), 1.0)
+        own = by_pattern(patterns, module, 1.0)
         rate = own * (ratio if name in of_B else 1.0)
         if rate != 1.0:
             rates[name] = rate
@@ -59,12 +60,8 @@ def module_of(parameter: str) -> str:
     return _WRAPPING.sub("", parameter).rpartition(".")[0]
 
 
-def _fits(pattern: str, module: str) -> bool:
-    return re.match(rf"(.*\.)?({pattern})$", module) is not None
-
-
 def _check_patterns(patterns: Mapping[str, float], modules: list[str]) -> None:
-    idle = [p for p in patterns if not any(_fits(p, module) for module in modules)]
+    idle = [p for p in patterns if not any(fits(p, module) for module in modules)]
     if not idle:
         return
     first = idle[0]

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from decal.errors import AdapterError, VerificationError
+from decal.errors import AdapterError, VerificationError, first_of
 from decal.model.adapter import Adapter
 from decal.model.state import (
     adapted_layers,
@@ -110,11 +110,10 @@ def refuse_lost(model: nn.Module, name: str) -> None:
         if parameter is not None and parameter.requires_grad
     ]
     if free:
-        more = f"  (and {len(free) - 1} more)" if free[1:] else ""
         raise AdapterError(
             f"{len(free)} parameters are trainable and belong to no adapter, so that adapter"
             f" `{name}` would be saved without them",
-            details=[free[0] + more],
+            details=[first_of(free)],
             hint="freeze them (requires_grad_(False)); what is to be trained whole belongs into"
             " modules_to_save when the adapter is attached",
         )

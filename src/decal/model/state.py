@@ -26,7 +26,7 @@ from decal.adapters import (
     RoutingState,
 )
 from decal.config import LoraConfig
-from decal.errors import AdapterError, TrainingError, nearest
+from decal.errors import AdapterError, TrainingError, first_of, nearest
 from decal.model.survey import base_modules, parameter_counts, unwrapped
 
 
@@ -164,7 +164,7 @@ def load_state(
         count = len({m for m, _ in slots.keys() | given.keys()})
         raise AdapterError(
             f"{len(problems)} of {count} modules do not fit adapter `{name}`",
-            details=[lines[0] + (f"  (and {len(lines) - 1} more)" if lines[1:] else "")],
+            details=[first_of(lines)],
         )
     with torch.no_grad():
         for key, slot in slots.items():

@@ -18,7 +18,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from decal.config import LoraConfig
+from decal.config import LoraConfig, fits
 from decal.errors import TargetError, nearest
 
 ALL_LINEAR = "all-linear"
@@ -324,11 +324,7 @@ def _check_patterns(names: Sequence[str], config: LoraConfig) -> None:
     unused = []
     for field in ("rank_pattern", "alpha_pattern"):
         keys = list(getattr(config, field))
-        unused += [
-            (field, key)
-            for key in keys
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)
-        ]
+        unused += [(field, key) for key in keys if not any(fits(key, name) for name in names)]
     if unused:
         leaves = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
         details = []

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from decal.errors import BaseModelError
+from decal.errors import BaseModelError, first_of
 from decal.store.files import read_json, writing
 from decal.store.tensorfile import (
     HEADER_LIMIT,
@@ -151,7 +151,7 @@ def _all_there(folder: Path, names: list[str]) -> None:
     if missing:
         raise BaseModelError(
             f"base `{folder}` lacks {len(missing)} of {len(names)} weight files",
-            details=[missing[0] + (f"  (and {len(missing) - 1} more)" if missing[1:] else "")],
+            details=[first_of(missing)],
             hint="get the base again",
         )
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from decal.config import TrainConfig
-from decal.errors import TrainingError
+from decal.errors import TrainingError, first_of
 from decal.train import eightbit
 from decal.train.heard import Heard
 
@@ -293,9 +293,8 @@ def _misfits(name: str, master: Tensor, found: Mapping[str, Tensor]) -> list[str
 
 def misfit(what: str, wrong: Sequence[str]) -> TrainingError:
     """The error for a checkpoint of other parameters: count, first offender."""
-    more = f"  (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
     return TrainingError(
         f"the checkpoint's {what} does not fit what is trained: {len(wrong)} tensors differ",
-        details=[wrong[0] + more],
+        details=[first_of(wrong)],
         hint="resume with the settings the run was started with, or start a new run",
     )

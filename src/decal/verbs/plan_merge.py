@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from decal.adapters.base import LowRank
-from decal.errors import AdapterError, BaseModelError, DecalError, DecalWarning
+from decal.errors import AdapterError, BaseModelError, DecalError, DecalWarning, first_of
 from decal.model import heads, hf, names
 from decal.model.adapter import Adapter
 from decal.store.base import BaseFiles, open_base
@@ -152,11 +152,10 @@ def _whole(plan: Merging) -> dict[str, Tensor]:
         before = whole[key] if key in whole else plan.files.read(key).float()
         whole[key] = before + adapter.config.scaling_of(module) * parts.bias.float()
     if without:
-        more = f"  (and {len(without) - 1} more)" if without[1:] else ""
         raise AdapterError(
             f"adapter `{adapter.source}` has a bias of B (lora_bias) on {len(without)} of "
             f"{len(adapter.tensors)} modules whose layers have no bias to add it to",
-            details=[without[0] + more],
+            details=[first_of(without)],
             hint="keep the adapter apart: `decal generate` and the others load it with its base",
         )
     return whole
@@ -176,7 +175,7 @@ def _refuse_fused(plan: Merging) -> None:
         raise AdapterError(
             f"adapter `{plan.adapter.source}` changes {len(wanted)} tensors that the base's files "
             "hold in parts, as experts",
-            details=[wanted[0] + (f"  (and {len(wanted) - 1} more)" if wanted[1:] else "")],
+            details=[first_of(wanted)],
             hint="merge in memory: `decal.load`, `decal.merge_in_place`, `model.save_pretrained`",
         )
 
@@ -200,11 +199,10 @@ def _check_copies(plan: Merging) -> None:
     else:
         problems += values
     if problems:
-        more = f"  (and {len(problems) - 1} more)" if problems[1:] else ""
         raise AdapterError(
             f"adapter `{plan.adapter.source}` does not fit base `{plan.files.folder}`: "
             f"{len(problems)} of {len(plan.adapter.base_copies)} base weights stored in it differ",
-            details=[problems[0] + more],
+            details=[first_of(problems)],
             hint="merge onto the base the adapter was trained on",
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decal.errors import DecalError
+from decal.errors import DecalError, first_of
 from decal.model.adapter import Adapter
 from decal.model.hf import local_folder
 from decal.quant.bnb import describe_quantization
@@ -51,7 +51,7 @@ class _Checks:
         self.rows.append({"check": check, "result": "ok", "detail": detail})
 
     def bad(self, check: str, *problems: str) -> None:
-        detail = problems[0] + (f"  (and {len(problems) - 1} more)" if problems[1:] else "")
+        detail = first_of(problems)
         self.rows.append({"check": check, "result": "PROBLEM", "detail": detail})
         self.problems += [f"{check}: {problem}" for problem in problems]
 

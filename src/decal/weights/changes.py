@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from decal.errors import AdapterError, QuantError, nearest
+from decal.errors import AdapterError, QuantError, first_of, nearest
 from decal.store.base import BaseFiles
 from decal.store.tensorfile import TensorSpec
 from decal.weights.delta import FileDelta
@@ -81,11 +81,10 @@ def check_changes(base: BaseFiles, changes: Changes, sources: Mapping[str, Tenso
         wrong = len(problems) - len(missing)
         counts = [f"{len(missing)} of {len(touched)} tensors are not in the base"] * bool(missing)
         counts += [f"{wrong} of {len(touched)} tensors have the wrong shape"] * bool(wrong)
-        more = f"  (and {len(problems) - 1} more)" if problems[1:] else ""
         known = f"the adapter was trained on `{changes.trained_on}` (adapter_config.json)"
         raise AdapterError(
             f"adapter `{changes.name}` does not fit base `{base.folder}`: {', '.join(counts)}",
-            details=[problems[0] + more],
+            details=[first_of(problems)],
             hint=known if changes.trained_on else "merge onto the base the adapter was trained on",
         )
     unknown = sorted(changes.dequantized.keys() - sources.keys() - changes.tied.keys())

@@ -47,6 +47,7 @@ from decal.errors import (
     BaseModelError,
     OutputError,
     VerificationError,
+    first_of,
 )
 from decal.store.base import INDEX_NAME, BaseFiles, copy_side_files, side_files
 from decal.store.files import atomic_folder, check_free, require_space, write_json, write_text
@@ -364,11 +365,10 @@ def _verified(job: _Job, folder: Path) -> Verification:
     problems = [f"{key}: is not the adapter's own tensor" for key in wrong]
     problems += [found.problem() for found in findings if not found.right]
     if problems:
-        more = f"  (and {len(problems) - 1} more)" if problems[1:] else ""
         raise VerificationError(
             f"{len(problems)} of {len(findings) + len(alone)} merged tensors, read again, are not"
             " base + adapter",
-            details=[problems[0] + more],
+            details=[first_of(problems)],
         )
     same = len(entries) - len(findings) - len(wrong)
     return Verification(findings=findings, pairs=len(findings), same=same)
