@@ -25,7 +25,7 @@ Knows no files and no settings. Models on the meta device compute nothing and ar
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,7 +97,8 @@ def probe(model: nn.Module, name: str, *, new: bool) -> tuple[str, ...]:
         notes = [f"the adapter was not tried in a whole pass: {failure}"] if failure else []
         idle = [one for one in watched if not one.calls and not one.inner]
         acting = {id(one) for one in watched if new or _acts(one.wrapper, name)}
-        around = [one for one in idle if ran and id(one) in acting and _owner_ran(model, one, ran)]
+        modules = dict(base_modules(model)) if idle and ran else {}
+        around = [o for o in idle if ran and id(o) in acting and _owner_ran(modules, o, ran)]
         past = [one for one in watched if one.inner > one.calls]
         dead = [] if new or result is None else _dead(model, watched, result)
         skipped = [one for one in idle if one not in around]
@@ -304,12 +305,11 @@ def _acts(wrapper: AdaptedLayer | ReplacedModule, name: str) -> bool:
     return bool(lora.B.any()) or (shift is not None and bool(shift.any()))
 
 
-def _owner_ran(model: nn.Module, one: _Watched, ran: set[int]) -> bool:
+def _owner_ran(modules: Mapping[str, nn.Module], one: _Watched, ran: set[int]) -> bool:
     """Whether the module that should have called this one ran; elements of a list may take turns.
 
     The owner is the nearest module above that has a forward; wrappers in between count as it.
     """
-    modules = dict(base_modules(model))
     parts = one.module.split(".")
     for length in range(len(parts) - 1, -1, -1):
         owner = modules[".".join(parts[:length])]
