@@ -1,0 +1,45 @@
+#include "parallel.h"
+
+#include <thread>
+#include <vector>
+
+namespace {
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using Number = int (*)();
+
+Parallel openmp_parallel = nullptr;
+Number openmp_thread = nullptr;
+Number openmp_threads = nullptr;
+
+struct Call {
+    void (*body)(void*, int, int);
+    void* context;
+};
+
+void in_team(void* given) {
+    const Call& call = *static_cast<const Call*>(given);
+    call.body(call.context, openmp_thread(), openmp_threads());
+}
+
+}  // namespace
+
+// GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch has loaded.
+extern "C" __attribute__((visibility("default"))) void decal_use_openmp(
+    void* parallel, void* thread, void* threads) {
+    openmp_parallel = reinterpret_cast<Parallel>(parallel);
+    openmp_thread = reinterpret_cast<Number>(thread);
+    openmp_threads = reinterpret_cast<Number>(threads);
+}
+
+void decal::run(int threads, void (*body)(void*, int, int), void* context) {
+    if (openmp_parallel) {
+        Call call{body, context};
+        openmp_parallel(in_team, &call, static_cast<unsigned>(threads), 0);
+        return;
+    }
+    std::vector<std::thread> team;
+    for (int i = 1; i < threads; ++i) team.emplace_back(body, context, i, threads);
+    body(context, 0, threads);
+    for (std::thread& member : team) member.join();
+}

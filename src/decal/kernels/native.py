@@ -1,0 +1,155 @@
+"""The compiled library: finding it, choosing its instruction set, calling it.
+
+Knows no ops: each `native_*.py` beside this file holds the calls of some ops, under the names and
+with the meaning of their reference. A function there answers NotImplemented for arguments that the
+library does not take (another device or dtype, strides), and `ops.py` then asks the next backend.
+
+Every kernel is compiled once per instruction set; the best one that the processor runs is chosen
+when the library is loaded. Environment: DECAL_ISA names one of `ISAS` or `off`; DECAL_NATIVE is the
+path of another build of the library.
+
+Threads are torch's: the library borrows the OpenMP runtime that torch has loaded and asks for
+torch's number of threads at every call. After a fork it uses one, because the runtime's team did
+not come along.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
+"""Best first."""
+LIBRARY = Path(__file__).with_name("_native.so")
+
+_forced: str | None = None
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and why it is not used."""
+    path = Path(os.environ.get("DECAL_NATIVE") or LIBRARY)
+    if os.environ.get("DECAL_ISA") == "off":
+        return None, "switched off by DECAL_ISA"
+    if not path.is_file():
+        return None, "not built: no C++ compiler was found when decal was installed"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"{path.name} cannot be loaded: {error}"
+    library.decal_supports.argtypes = [ctypes.c_char_p]
+    _borrow_threads(library)
+    return library, "compiled"
+
+
+def _borrow_threads(library: ctypes.CDLL) -> None:
+    """Hands over torch's OpenMP runtime, found among what the process has loaded."""
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    for path in _openmp_libraries():
+        try:
+            runtime = ctypes.CDLL(path)
+            found = [ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in names]
+        except (OSError, AttributeError):
+            continue
+        library.decal_use_openmp(*found)
+        return
+
+
+def _openmp_libraries() -> list[str]:
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        maps = ""
+    paths = dict.fromkeys(line.split(maxsplit=5)[-1] for line in maps.splitlines() if "omp" in line)
+    near = Path(torch.__file__).parent
+    return sorted(
+        (path for path in paths if ".so" in path and "omp" in Path(path).name),
+        key=lambda path: not path.startswith(str(near)),
+    )
+
+
+@cache
+def available() -> tuple[str, ...]:
+    """The instruction sets that the library has kernels for and this processor runs."""
+    library, _ = _library()
+    if library is None:
+        return ()
+    return tuple(
+        isa
+        for isa in ISAS
+        if hasattr(library, f"decal_built_{isa}") and library.decal_supports(isa.encode())
+    )
+
+
+@cache
+def _default() -> str | None:
+    wanted = os.environ.get("DECAL_ISA")
+    found = available()
+    if wanted and wanted in found:
+        return wanted
+    return found[0] if found else None
+
+
+def isa() -> str | None:
+    """The instruction set in use; None where there is no library."""
+    return _forced or _default()
+
+
+def why() -> str:
+    """How the choice came about, in a few words."""
+    library, reason = _library()
+    return reason if library is None else f"{isa()} of {', '.join(available())}"
+
+
+@contextmanager
+def forced(name: str | None) -> Iterator[None]:
+    """Inside the block the kernels of one instruction set run; `none`: the library is not used."""
+    global _forced
+    before = _forced
+    _forced = name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@cache
+def _bound(name: str, of: str) -> Any:
+    library, _ = _library()
+    function = getattr(library, f"decal_{name}_{of}")
+    function.restype = None
+    return function
+
+
+def kernel(name: str) -> Callable[..., None] | None:
+    """The compiled function of an op in the instruction set in use, or None."""
+    chosen = isa()
+    return None if chosen is None or chosen == "none" else _bound(name, chosen)
+
+
+def threads() -> int:
+    """How many threads a kernel may use now."""
+    return 1 if _forked else torch.get_num_threads()
+
+
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
+    """A tensor's memory, for a kernel; null for None."""
+    return ctypes.c_void_p(0 if tensor is None else tensor.data_ptr())
