@@ -87,7 +87,9 @@ def build(library: Path = LIBRARY, *, sanitize: bool = False) -> Path | None:
         target = OBJECTS / f"{source}-{key}.o"
         if not target.exists():
             part = target.with_suffix(f".{os.getpid()}")
-            subprocess.run([*found, *given, "-c", HERE / source, "-o", part, "-x", "none"], check=True)
+            subprocess.run(
+                [*found, *given, "-c", HERE / source, "-o", part, "-x", "none"], check=True
+            )
             part.rename(target)
         return target
 

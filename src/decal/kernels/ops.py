@@ -44,8 +44,13 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
 """Implementations of each op by backend, the preferred one first."""
 
 
-def _run(op: str) -> Callable[..., Any]:
-    return next(iter(BACKENDS[op].values()))
+def _run(op: str, *args: Any) -> Any:
+    """The answer of the first backend that takes these arguments; `torch` takes all."""
+    for backend in BACKENDS[op].values():
+        found = backend(*args)
+        if found is not NotImplemented:
+            return found
+    raise TypeError(f"no backend takes the arguments of {op}")
 
 
 def explain() -> dict[str, Choice]:
@@ -60,44 +65,44 @@ def explain() -> dict[str, Choice]:
 
 def quantize_4bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """x [n], code float32 [16] -> uint8 [(n + 1) // 2, 1], float32 absmax [blocks]."""
-    return _run("quantize_4bit")(x, code, block_size)
+    return _run("quantize_4bit", x, code, block_size)
 
 
 def dequantize_4bit(
     packed: Tensor, absmax: Tensor, code: Tensor, block_size: int, n: int, dtype: torch.dtype
 ) -> Tensor:
     """Packed codes and float32 scales -> [n] in `dtype`, one float32 product rounded once."""
-    return _run("dequantize_4bit")(packed, absmax, code, block_size, n, dtype)
+    return _run("dequantize_4bit", packed, absmax, code, block_size, n, dtype)
 
 
 def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
     """float32 [256], ascending: the signed dynamic 8-bit code."""
-    return _run("dynamic_map")(device)
+    return _run("dynamic_map", device)
 
 
 def quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """x [n], code float32 [256] ascending -> uint8 [n], float32 absmax [blocks]."""
-    return _run("quantize_8bit")(x, code, block_size)
+    return _run("quantize_8bit", x, code, block_size)
 
 
 def dequantize_8bit(index: Tensor, absmax: Tensor, code: Tensor, block_size: int) -> Tensor:
     """uint8 [n] and float32 scales -> float32 [n]."""
-    return _run("dequantize_8bit")(index, absmax, code, block_size)
+    return _run("dequantize_8bit", index, absmax, code, block_size)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [n, k] -> int8 [n, k], float32 absmax [n]."""
-    return _run("quantize_rows")(x)
+    return _run("quantize_rows", x)
 
 
 def dequantize_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """int8 [n, k] and float32 scales [n] -> [n, k] in `dtype`."""
-    return _run("dequantize_rows")(codes, absmax, dtype)
+    return _run("dequantize_rows", codes, absmax, dtype)
 
 
 def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
     """int8 [n, k] times the transpose of int8 [m, k] -> int32 [n, m], exact."""
-    return _run("int8_matmul")(a, b)
+    return _run("int8_matmul", a, b)
 
 
 def dropout_keep(
@@ -111,8 +116,8 @@ def dropout_keep(
     p: float,
 ) -> Tensor:
     """int64 [T] ids and positions -> bool [T, features], true with probability 1 - p."""
-    keep = _run("dropout_keep")
-    return keep(seed, epoch, adapter, input, sample_ids, positions, features, p)
+    args = (seed, epoch, adapter, input, sample_ids, positions, features, p)
+    return _run("dropout_keep", *args)
 
 
 def attention_flat(
@@ -126,8 +131,7 @@ def attention_flat(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """q [T, Hq, D], k [T, Hk, D], v [T, Hk, Dv] -> [T, Hq, Dv], causal inside each sequence."""
-    attend = _run("attention_flat")
-    return attend(q, k, v, cu_seq_lens, scale, window, softcap, sinks)
+    return _run("attention_flat", q, k, v, cu_seq_lens, scale, window, softcap, sinks)
 
 
 def attention_masked(
@@ -140,4 +144,4 @@ def attention_masked(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """q [n, Hq, S, D], k [n, Hk, L, D], v [n, Hk, L, Dv] -> [n, Hq, S, Dv], where visible."""
-    return _run("attention_masked")(q, k, v, visible, scale, softcap, sinks)
+    return _run("attention_masked", q, k, v, visible, scale, softcap, sinks)
