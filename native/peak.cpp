@@ -1,0 +1,145 @@
+// The yardstick of the benches: how fast this instruction set multiplies matrices at best.
+//
+// One block of C += A B that stays in registers, with A and B in L1: every operand is loaded as a
+// real product loads it, and nothing else is done. What a kernel reaches is stated as a share of
+// this. Nothing in the library calls it.
+//
+//     amx         2 x 2 tiles of float32 from bf16 tiles       16 KB of A, 16 KB of B
+//     DOT_BF16    6 x 4 vectors of float32 from bf16 pairs      1.5 KB of A, 16 KB of B
+//     otherwise   6 x COLUMNS vectors of float32                1.5 KB of A, up to 16 KB of B
+#include "parallel.h"
+#include "vec.h"
+
+#include <type_traits>
+
+namespace NAMESPACE {
+
+#if defined(DOT_BF16)
+constexpr bool PAIRS = true;
+#else
+constexpr bool PAIRS = false;
+#endif
+
+#if defined(AMX)
+
+struct alignas(64) Operands {
+    static constexpr int steps = 8;
+    bf16 a[steps][2][16 * 32];
+    bf16 b[steps][2][16 * 32];
+    float c[4][16 * 16];
+};
+
+struct alignas(64) TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes_per_row[16] = {};
+    uint8_t rows[16] = {};
+};
+
+constexpr double flops_per_step = 4.0 * 2 * 16 * 16 * 32;
+
+void multiply(Operands& o, int64_t rounds) {
+    TileConfig config;
+    for (int tile = 0; tile < 8; ++tile) {
+        config.bytes_per_row[tile] = 64;
+        config.rows[tile] = 16;
+    }
+    _tile_loadconfig(&config);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t round = 0; round < rounds; ++round) {
+        for (int k = 0; k < Operands::steps; ++k) {
+            _tile_loadd(4, o.a[k][0], 64);
+            _tile_loadd(6, o.b[k][0], 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, o.b[k][1], 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, o.a[k][1], 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, o.c[0], 64);
+    _tile_stored(1, o.c[1], 64);
+    _tile_stored(2, o.c[2], 64);
+    _tile_stored(3, o.c[3], 64);
+    _tile_release();
+}
+
+#else
+
+constexpr int ROWS = 6;
+#if defined(__AVX512F__)
+constexpr int COLUMNS = 4;  // 24 of 32 registers
+#else
+constexpr int COLUMNS = 2;  // 12 of 16
+#endif
+
+struct alignas(64) Operands {
+    static constexpr int steps = 64;
+    float a[steps][ROWS];  // with DOT_BF16 each is a pair of bf16, as in b
+    float b[steps][COLUMNS * W];
+    float c[ROWS][COLUMNS * W];
+};
+
+#if defined(DOT_BF16)
+constexpr double flops_per_step = 2.0 * 2 * ROWS * COLUMNS * W;
+INLINE vf multiply_add(vf c, float a, vf b) {
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)splat(a), (__m512bh)b);
+}
+#else
+constexpr double flops_per_step = 2.0 * ROWS * COLUMNS * W;
+INLINE vf multiply_add(vf c, float a, vf b) { return c + a * b; }
+#endif
+
+void multiply(Operands& o, int64_t rounds) {
+    vf c[ROWS][COLUMNS] = {};
+    for (int64_t round = 0; round < rounds; ++round) {
+        for (int k = 0; k < Operands::steps; ++k) {
+            vf b[COLUMNS];
+#pragma GCC unroll 4
+            for (int j = 0; j < COLUMNS; ++j) b[j] = load(o.b[k] + j * W);
+#pragma GCC unroll 6
+            for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+                for (int j = 0; j < COLUMNS; ++j) c[i][j] = multiply_add(c[i][j], o.a[k][i], b[j]);
+        }
+        // Another round must not be the sum of the rounds before it, or be left out.
+        asm volatile("" ::: "memory");
+    }
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < COLUMNS; ++j) store(o.c[i] + j * W, c[i][j]);
+}
+
+#endif
+
+// Random numbers of both signs: multiplying zeros takes less power, and so less time.
+template <class T>
+void scatter(T* to, size_t bytes) {
+    uint32_t state = 1;
+    for (size_t i = 0; i < bytes / sizeof(T); ++i) {
+        state = state * 1664525u + 1013904223u;
+        float value = static_cast<int32_t>(state) * 0x1p-31f;
+        to[i] = PAIRS ? to_bf16(value) : value;
+    }
+}
+
+void fill(Operands& o) {
+    using Element = std::conditional_t<PAIRS, bf16, float>;
+    scatter(reinterpret_cast<Element*>(o.a), sizeof o.a);
+    scatter(reinterpret_cast<Element*>(o.b), sizeof o.b);
+}
+
+}  // namespace NAMESPACE
+
+// Runs `rounds` blocks on each of at most `threads` threads; done[t] are the operations of thread t.
+EXPORT(peak)(int64_t rounds, double* done, int threads) {
+    using namespace NAMESPACE;
+    decal::for_each_thread(threads, [&](int thread, int) {
+        static thread_local Operands operands;
+        fill(operands);
+        multiply(operands, rounds);
+        done[thread] = rounds * Operands::steps * flops_per_step;
+    });
+}
