@@ -9,8 +9,9 @@ import torch
 
 from decal.errors import QuantError
 from decal.kernels import ops
+from decal.kernels.stored import NESTED_BLOCK_SIZE
 from decal.quant import FORMATS, Recipe, quant_format
-from decal.quant.codebook import BLOCK_SIZES, NESTED_BLOCK_SIZE, _table, nested_map
+from decal.quant.codebook import BLOCK_SIZES, _table, nested_map
 
 NF4 = quant_format("nf4")
 SHAPES = [(1, 1), (5, 3), (33, 77), (64, 192), (129, 1030)]

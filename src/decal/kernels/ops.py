@@ -7,7 +7,7 @@ specification: their docstrings say shapes, dtypes and formulas, and every backe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,10 @@ from decal.kernels import (
     reference_attention,
     reference_dropout,
     reference_int8,
+    reference_project,
     reference_quant,
 )
+from decal.kernels.stored import Keep, Stored
 
 
 class Choice(NamedTuple):
@@ -38,6 +40,10 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
     "dequantize_rows": {"torch": reference_int8.dequantize_rows},
     "int8_matmul": {"torch": reference_int8.int8_matmul},
     "dropout_keep": {"torch": reference_dropout.dropout_keep},
+    "project": {"torch": reference_project.project},
+    "project_back": {"torch": reference_project.project_back},
+    "into_rank": {"torch": reference_project.into_rank},
+    "over_rows": {"torch": reference_project.over_rows},
     "attention_flat": {"torch": reference_attention.attention_flat},
     "attention_masked": {"torch": reference_attention.attention_masked},
 }
@@ -118,6 +124,36 @@ def dropout_keep(
     """int64 [T] ids and positions -> bool [T, features], true with probability 1 - p."""
     args = (seed, epoch, adapter, input, sample_ids, positions, features, p)
     return _run("dropout_keep", *args)
+
+
+def project(
+    x: Tensor,
+    weight: Stored,
+    bias: Tensor | None = None,
+    low: tuple[Tensor, Tensor] | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    """x [T, K] -> x W^T + bias + z B^T + add, [T, N]; low = (z [T, r], B [N, r]). No gradient."""
+    return _run("project", x, weight, bias, low, add)
+
+
+def project_back(
+    parts: Sequence[tuple[Tensor, Stored]],
+    low: tuple[Tensor, Tensor] | None = None,
+    keep: Keep | None = None,
+) -> Tensor:
+    """Pairs (g [T, N], W [N, K]) -> sum g W + keep . (dz A), [T, K]; low = (dz, A [R, K])."""
+    return _run("project_back", parts, low, keep)
+
+
+def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None) -> Tensor:
+    """x [T, K], A [R, K] -> (keep . x) A^T, [T, R]."""
+    return _run("into_rank", x, A, keep)
+
+
+def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Tensor:
+    """p [T, M], q [T, N] -> p^T (keep . q), [M, N], float32 (float64 of float64)."""
+    return _run("over_rows", p, q, keep)
 
 
 def attention_flat(

@@ -25,6 +25,8 @@ other devices.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,42 @@ def row_words(call: tuple[int, ...], sample_ids: Tensor, positions: Tensor) -> T
     return _chained(_chained(start, sample_ids), positions)
 
 
+def row_halves(
+    call: tuple[int, ...], sample_ids: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The row's words as two int32 [T]: offset a and odd multiplier m."""
+    rows = row_words(call, sample_ids, positions)
+    return rows.to(torch.int32), ((rows >> 32) | 1).to(torch.int32)
+
+
+@lru_cache(maxsize=64)
+def column_words(features: int, device: torch.device) -> Tensor:
+    """int32 [features]: the keys c."""
+    counted = torch.arange(1, features + 1, device=device) * _signed(_GOLDEN)
+    return _mix(counted).to(torch.int32)
+
+
+def threshold(p: float) -> int:
+    """The least x that is kept."""
+    return min(round(p * 2**32), 2**32 - 1) - 2**31
+
+
+def rows_at_once(features: int, device: torch.device) -> int:
+    """Rows per chunk of the second stage."""
+    chunk = _CHUNK if device.type == "cpu" else _DEVICE_CHUNK
+    return max(1, chunk // max(1, features))
+
+
+def kept(
+    offset: Tensor, factor: Tensor, column: Tensor, least: int, out: Tensor | None = None
+) -> Tensor:
+    """bool [T, F], the second stage, for int32 offset and factor [T] and column [F]."""
+    x = offset[:, None] + column
+    x ^= x >> 15
+    x *= factor[:, None]
+    return torch.ge(x, least, out=out)
+
+
 def dropout_keep(
     seed: int,
     epoch: int,
@@ -89,17 +127,11 @@ def dropout_keep(
     Returns:
         bool [T, F].
     """
-    rows = row_words((seed, adapter, input, epoch), sample_ids, positions)
-    offset = rows.to(torch.int32)[:, None]
-    factor = ((rows >> 32) | 1).to(torch.int32)[:, None]
-    column = _mix(torch.arange(1, features + 1, device=rows.device) * _signed(_GOLDEN))
-    column = column.to(torch.int32)[None, :]
-    least = min(round(p * 2**32), 2**32 - 1) - 2**31
-    keep = torch.empty(rows.numel(), features, dtype=torch.bool, device=rows.device)
-    step = max(1, (_CHUNK if rows.device.type == "cpu" else _DEVICE_CHUNK) // max(1, features))
-    for at in range(0, rows.numel(), step):
-        x = offset[at : at + step] + column
-        x ^= x >> 15
-        x *= factor[at : at + step]
-        torch.ge(x, least, out=keep[at : at + step])
+    offset, factor = row_halves((seed, adapter, input, epoch), sample_ids, positions)
+    column, least = column_words(features, offset.device), threshold(p)
+    keep = torch.empty(offset.numel(), features, dtype=torch.bool, device=offset.device)
+    step = rows_at_once(features, offset.device)
+    for at in range(0, offset.numel(), step):
+        rows = slice(at, at + step)
+        kept(offset[rows], factor[rows], column, least, out=keep[rows])
     return keep

@@ -15,6 +15,7 @@ from typing import Protocol
 from torch import Tensor, dtype, float32
 
 from decal.errors import QuantError
+from decal.kernels.stored import Stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,10 @@ class QuantFormat(Protocol):
 
     def dequantize(self, packed: Packed, dtype: dtype) -> Tensor:
         """The [out, in] weight in `dtype`, computed in float32 and rounded once."""
+        ...
+
+    def stored(self, packed: Packed) -> Stored:
+        """The weight as the products of `kernels/ops.py` take it, without a copy."""
         ...
 
     def matmul(self, x: Tensor, packed: Packed) -> Tensor:

@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 
 from decal.errors import QuantError
+from decal.kernels.stored import NESTED_BLOCK_SIZE
 from decal.quant import FORMATS
 from decal.quant.base import Packed, Recipe
-from decal.quant.codebook import NESTED_BLOCK_SIZE, CodebookFormat, check_recipe, nested_map
+from decal.quant.codebook import CodebookFormat, check_recipe, nested_map
 from decal.quant.int8 import INT8, OUTLIER
 from decal.untrusted import parse_json
 

@@ -30,10 +30,9 @@ from torch import Tensor
 
 from decal.errors import QuantError
 from decal.kernels import ops
+from decal.kernels.stored import NESTED_BLOCK_SIZE, Stored
 from decal.quant.base import Packed, Recipe, check_weight
 
-NESTED_BLOCK_SIZE = 256
-"""Scales that share one scale of their own."""
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -107,6 +106,22 @@ class CodebookFormat:
             dtype,
         )
         return flat.view(rows, columns)
+
+    def stored(self, packed: Packed) -> Stored:
+        """The weight as the products take it; the parts themselves, no copies."""
+        parts, double = packed.parts, packed.recipe.double
+        codes = parts["weight_packed"]
+        return Stored(
+            "code4",
+            packed.shape,
+            codes,
+            parts["absmax"],
+            nested=parts["nested_absmax"] if double else None,
+            offset=parts["nested_offset"] if double else None,
+            table=nested_map(codes.device) if double else None,
+            code=self.code(codes.device),
+            block_size=packed.recipe.block_size,
+        )
 
     def matmul(self, x: Tensor, packed: Packed) -> Tensor:
         """x [..., in] times the weight's transpose -> [..., out] in x's dtype."""

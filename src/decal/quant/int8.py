@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from decal.kernels import ops
+from decal.kernels.stored import Stored
 from decal.quant.base import Packed, Recipe, check_weight
 
 OUTLIER = 6.0
@@ -59,6 +60,10 @@ class RowFormat:
     def dequantize(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         """The [out, in] weight in `dtype`, computed in float32 and rounded once."""
         return ops.dequantize_rows(packed.parts["CB"], packed.parts["SCB"], dtype)
+
+    def stored(self, packed: Packed) -> Stored:
+        """The weight as the products take it; the parts themselves, no copies."""
+        return Stored("rows8", packed.shape, packed.parts["CB"], packed.parts["SCB"])
 
     def matmul(self, x: Tensor, packed: Packed) -> Tensor:
         """x [..., in] times the weight's transpose -> [..., out] in x's dtype."""

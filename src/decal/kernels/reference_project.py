@@ -1,0 +1,151 @@
+"""Products with a stored weight and a low-rank update, in plain torch: the specification.
+
+Knows tensors, `Stored` and `Keep`; no module and no adapter. The four products are what one linear
+layer with a low-rank adapter computes, with T rows x, a frozen W [N, K], factors A [r, K] and B
+[N, r], and 0/1 masks `keep` on the input of A:
+
+    into_rank      z = (keep . x) A^T
+    project        y = x W^T + bias + z B^T + add
+    project_back   dx = sum_i g_i W_i + keep . (dz A)         several layers may share x
+    over_rows      dA = dz^T (keep . x),   dB = g^T z         summed in float32
+
+Nothing is scaled here: callers put the adapter's scaling and the 1 / (1 - p) of dropout into B and
+dz. All of it is for use inside an autograd function; gradients do not flow through.
+
+This is also what runs where no compiled kernel does, so it is in place where it can be, and masks
+and float32 copies exist for a chunk of rows only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from decal.kernels.stored import NESTED_BLOCK_SIZE, Keep, Stored, rows_at_once
+
+_CHUNK = 1 << 20
+"""Elements that are float32 at one time where a product over rows is summed on a CPU."""
+
+Low = tuple[Tensor, Tensor]
+
+
+def stored_weight(weight: Stored, dtype: torch.dtype) -> Tensor:
+    """The [N, K] weight in `dtype`, computed in float32 and rounded once; dense ones are cast."""
+    from decal.kernels import ops  # the fastest of bit-equal ways to dequantize
+
+    if weight.format == "dense":
+        return weight.data.to(dtype)
+    assert weight.scales is not None
+    if weight.format == "rows8":
+        return ops.dequantize_rows(weight.data, weight.scales, dtype)
+    scales = weight.scales
+    if weight.nested is not None:
+        assert weight.table is not None
+        assert weight.offset is not None
+        scales = ops.dequantize_8bit(scales, weight.nested, weight.table, NESTED_BLOCK_SIZE)
+        scales = scales.add_(weight.offset)
+    assert weight.code is not None
+    rows, columns = weight.shape
+    flat = ops.dequantize_4bit(
+        weight.data, scales, weight.code, weight.block_size, rows * columns, dtype
+    )
+    return flat.view(rows, columns)
+
+
+def project(
+    x: Tensor,
+    weight: Stored,
+    bias: Tensor | None = None,
+    low: Low | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    """y = x W^T + bias + z B^T + add.
+
+    Args:
+        x: [T, K], floating.
+        weight: [N, K].
+        bias: [N].
+        low: z [T, r], whose rows may be strided, and B [N, r], scaled, both in x's dtype.
+        add: [T, N] in x's dtype.
+
+    Returns:
+        A new [T, N] in x's dtype.
+    """
+    matrix = stored_weight(weight, x.dtype)
+    y = x @ matrix.t() if add is None else torch.addmm(add, x, matrix.t())
+    if bias is not None:
+        y.add_(bias.to(y.dtype))
+    return y if low is None else y.addmm_(low[0], low[1].t())
+
+
+def project_back(
+    parts: Sequence[tuple[Tensor, Stored]], low: Low | None = None, keep: Keep | None = None
+) -> Tensor:
+    """dx = sum_i g_i W_i + keep . (dz A).
+
+    Args:
+        parts: at least one pair of g_i [T, N_i] and weight [N_i, K].
+        low: dz [T, R] and A [R, K], both in g's dtype.
+        keep: of T rows and K features; without it everything is kept.
+
+    Returns:
+        A new [T, K] in g's dtype.
+    """
+    (first, weight), *others = parts
+    dx = first @ stored_weight(weight, first.dtype)
+    for grad, weight in others:
+        dx.addmm_(grad, stored_weight(weight, grad.dtype))
+    if low is None:
+        return dx
+    dz, A = low
+    if keep is None:
+        return dx.addmm_(dz, A)
+    step = rows_at_once(dx.shape[1], dx.device)
+    for start in range(0, dx.shape[0], step):
+        rows = slice(start, start + step)
+        update = dz[rows] @ A
+        dx[rows] += update.masked_fill_(~keep.mask(start, start + step), 0.0)
+    return dx
+
+
+def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None) -> Tensor:
+    """z = (keep . x) A^T for x [T, K] and A [R, K] of one dtype -> a new [T, R] in it."""
+    if keep is None:
+        return x @ A.t()
+    z = x.new_empty(x.shape[0], A.shape[0])
+    step = rows_at_once(x.shape[1], x.device)
+    for start in range(0, x.shape[0], step):
+        part = _kept(x[start : start + step], keep, start)
+        torch.mm(part, A.t(), out=z[start : start + step])
+    return z
+
+
+def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Tensor:
+    """p^T (keep . q) for p [T, M] and q [T, N] of one dtype, whose rows may be strided.
+
+    Returns:
+        A new [M, N], summed in float32 (float64 for float64). The products that sum over all T rows
+        would leave bf16 with a rounded sum.
+    """
+    wide = torch.promote_types(p.dtype, torch.float32)
+    if p.is_cuda:
+        q = q if keep is None else _kept(q, keep, 0)
+        return p.t() @ q if p.dtype == wide else torch.mm(p.t(), q, out_dtype=wide)
+    if p.dtype == wide and keep is None:
+        return p.t() @ q
+    total = p.new_zeros(p.shape[1], q.shape[1], dtype=wide)
+    step = max(1, _CHUNK // max(p.shape[1], q.shape[1]))
+    if keep is not None:
+        step = min(step, rows_at_once(q.shape[1], q.device))
+    for start in range(0, p.shape[0], step):
+        part = q[start : start + step]
+        part = part if keep is None else _kept(part, keep, start)
+        total.addmm_(p[start : start + step].to(wide).t(), part.to(wide))
+    return total
+
+
+def _kept(x: Tensor, keep: Keep, start: int) -> Tensor:
+    """x with zeros where `keep`, from row `start` on, drops."""
+    return x.where(keep.mask(start, start + x.shape[0]), x.new_zeros(()))

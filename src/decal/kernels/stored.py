@@ -1,0 +1,95 @@
+"""What the products take besides tensors: a weight as it is stored, and which inputs are kept.
+
+Knows tensors and the dropout hash; no format's name, no module. Both are plain tuples of tensors,
+so that a backend can hand their addresses to a kernel without asking anybody.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from decal.kernels import reference_dropout
+
+NESTED_BLOCK_SIZE = 256
+"""Quantized scales that share one scale of their own."""
+
+
+class Stored(NamedTuple):
+    """A frozen weight [N, K] in the layout it is stored in.
+
+    dense   `data` is the weight itself, floating, with any strides.
+    code4   `data` uint8 [(N * K + 1) // 2, 1], two codes to a byte, the first in the high nibble;
+            value = code[index] * scale of its block, in float32. Blocks of `block_size` run over
+            the flattened weight. `scales` float32 [blocks]; where `nested` is given, uint8 [blocks]
+            and scale = table[scales] * nested[block // 256] + offset.
+    rows8   `data` int8 [N, K], `scales` float32 [N]; value = data * scale / 127.
+    """
+
+    format: Literal["dense", "code4", "rows8"]
+    shape: tuple[int, int]
+    data: Tensor
+    scales: Tensor | None = None
+    nested: Tensor | None = None
+    """float32 [ceil(blocks / 256)]"""
+    offset: Tensor | None = None
+    """float32 []"""
+    table: Tensor | None = None
+    """float32 [256]"""
+    code: Tensor | None = None
+    """float32 [16]"""
+    block_size: int = 64
+
+    @property
+    def written(self) -> int:
+        """How often the tensors were written to in place; a frozen weight's stays as it is."""
+        found = self.data._version
+        for part in (self.scales, self.nested, self.offset):
+            found += 0 if part is None else part._version
+        return found
+
+
+class Keep(NamedTuple):
+    """Which features of which rows are kept, in the two stages of the op `dropout_keep`.
+
+        x = offset[t] + column[f];  x = x ^ (x >> 15);  x = x * factor[t];  kept where x >= least
+
+    in 32-bit signed integers that wrap, with an arithmetic shift.
+    """
+
+    offset: Tensor
+    """int32 [T]"""
+    factor: Tensor
+    """int32 [T]"""
+    column: Tensor
+    """int32 [F]"""
+    least: int
+
+    def mask(self, start: int, stop: int) -> Tensor:
+        """bool [stop - start, F]: the rows from `start` to `stop`."""
+        rows = slice(start, stop)
+        return reference_dropout.kept(self.offset[rows], self.factor[rows], self.column, self.least)
+
+
+def keep_words(
+    seed: int,
+    epoch: int,
+    adapter: int,
+    input: int,
+    sample_ids: Tensor,
+    positions: Tensor,
+    features: int,
+    p: float,
+) -> Keep:
+    """The first stage of `dropout_keep` with the same arguments; its mask has the same bits."""
+    call = (seed, adapter, input, epoch)
+    offset, factor = reference_dropout.row_halves(call, sample_ids, positions)
+    column = reference_dropout.column_words(features, offset.device)
+    return Keep(offset, factor, column, reference_dropout.threshold(p))
+
+
+def rows_at_once(features: int, device: torch.device) -> int:
+    """Rows of a mask that are worth making at one time."""
+    return reference_dropout.rows_at_once(features, device)
