@@ -17,8 +17,12 @@ from decal.kernels import (
     reference_attention,
     reference_dropout,
     reference_int8,
+    reference_loss,
+    reference_norm,
     reference_project,
     reference_quant,
+    reference_rope,
+    reference_swiglu,
 )
 from decal.kernels.stored import Keep, Stored
 
@@ -44,6 +48,12 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
     "project_back": {"torch": reference_project.project_back},
     "into_rank": {"torch": reference_project.into_rank},
     "over_rows": {"torch": reference_project.over_rows},
+    "rms_norm": {"torch": reference_norm.rms_norm},
+    "rms_norm_backward": {"torch": reference_norm.rms_norm_backward},
+    "swiglu": {"torch": reference_swiglu.swiglu},
+    "swiglu_backward": {"torch": reference_swiglu.swiglu_backward},
+    "rotate": {"torch": reference_rope.rotate},
+    "softmax_loss": {"torch": reference_loss.softmax_loss},
     "attention_flat": {"torch": reference_attention.attention_flat},
     "attention_masked": {"torch": reference_attention.attention_masked},
 }
@@ -154,6 +164,40 @@ def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None) -> Tensor:
 def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Tensor:
     """p [T, M], q [T, N] -> p^T (keep . q), [M, N], float32 (float64 of float64)."""
     return _run("over_rows", p, q, keep)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [T, F], weight [F] -> weight * x / sqrt(mean(x^2) + eps) and that 1 / sqrt, [T]."""
+    return _run("rms_norm", x, weight, eps)
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, add: Tensor | None = None
+) -> Tensor:
+    """The gradient of `rms_norm`'s x from that of its y, [T, F], plus `add`."""
+    return _run("rms_norm_backward", grad, x, weight, rstd, add)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """gate, up [T, F] -> silu(gate) * up."""
+    return _run("swiglu", gate, up)
+
+
+def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """grad, gate, up [T, F] -> the gradients of gate and up, and silu(gate) * up again."""
+    return _run("swiglu_backward", grad, gate, up)
+
+
+def rotate(
+    x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False, out: Tensor | None = None
+) -> Tensor:
+    """x [T, h, D], cos and sin [T, C <= D] -> x turned, or turned back; `out` may be x."""
+    return _run("rotate", x, cos, sin, inverse, out)
+
+
+def softmax_loss(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
+    """logits [T, V], int64 targets [T] -> losses [T]; logits may become their own gradient."""
+    return _run("softmax_loss", logits, targets, gradient)
 
 
 def attention_flat(
