@@ -2,31 +2,38 @@
 
     python native/build.py                      src/decal/kernels/_native.so
     python native/build.py --sanitize FOLDER    with AddressSanitizer and UBSan, elsewhere
+    python native/build.py --isas portable,avx2 --library FILE    some of it only
 
 Knows nothing of Python's or torch's headers: the library has a plain C interface, so one build
 serves every Python and every torch. Objects are kept in build/native and made anew only where a
 source or the flags changed. Installing decal calls `build`; without a compiler it does nothing, and
-decal runs in plain torch.
+decal runs in plain torch. An instruction set whose flags the compiler does not know is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import platform
+import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 LIBRARY = HERE.parent / "src" / "decal" / "kernels" / "_native.so"
 OBJECTS = HERE.parent / "build" / "native"
+DECLARED = LIBRARY.with_name("declared.py")
 
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-exceptions"]
 COMMON += ["-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes"]
+COMMON += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 ISAS: dict[str, list[str]] = {"portable": []}
@@ -50,27 +57,48 @@ ONCE = {"isa.cpp", "parallel.cpp"}
 
 def compiler() -> list[str] | None:
     """The C++ compiler of $CXX, or the usual names; None where there is none."""
-    given = os.environ.get("CXX", "").split()
+    given = shlex.split(os.environ.get("CXX", ""))
     names = [given] if given else [["c++"], ["g++"], ["clang++"]]
     return next((name for name in names if shutil.which(name[0])), None)
 
 
-def jobs(flags: list[str]) -> list[tuple[str, list[str]]]:
+def known(found: list[str], isa: str) -> bool:
+    """Whether the compiler takes the flags of an instruction set."""
+    command = [*found, *ISAS[isa], "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def jobs(isas: Sequence[str], flags: list[str]) -> list[tuple[Path, list[str]]]:
     """(source, flags) of every object."""
     found = []
-    for source in sorted(path.name for path in HERE.glob("*.cpp")):
-        isas = {"": []} if source in ONCE else ISAS
-        for isa, special in isas.items():
-            name = [f"-DISA={isa}"] if isa else []
-            found.append((source, [*flags, *special, *name, *EXACT.get(source, [])]))
+    for source in sorted(HERE.glob("*.cpp")):
+        exact = EXACT.get(source.name, [])
+        if source.name in ONCE:
+            found.append((source, [*flags, *exact]))
+        else:
+            found += [(source, [*flags, *ISAS[isa], f"-DISA={isa}", *exact]) for isa in isas]
     return found
 
 
-def build(library: Path = LIBRARY, *, sanitize: bool = False) -> Path | None:
+def description() -> Path:
+    """A source that answers what this library was built from (kernels/declared.py)."""
+    text = json.dumps(runpy.run_path(str(DECLARED))["describe"](HERE))
+    code = 'extern "C" __attribute__((visibility("default"))) const char* decal_described() {\n'
+    code += f"    return {json.dumps(text)};\n}}\n"
+    path = OBJECTS / f"described-{hashlib.sha256(code.encode()).hexdigest()[:16]}.cpp"
+    if not path.exists():
+        _whole(path, lambda part: part.write_text(code, encoding="utf-8"))
+    return path
+
+
+def build(
+    library: Path = LIBRARY, *, sanitize: bool = False, isas: Sequence[str] = tuple(ISAS)
+) -> Path | None:
     """Writes the library; returns its path, or None where there is no compiler.
 
     Raises:
         subprocess.CalledProcessError: the compiler refused a source; its words are on stderr.
+        OSError: a file cannot be written.
     """
     found = compiler()
     if found is None or sys.platform == "win32":
@@ -80,38 +108,51 @@ def build(library: Path = LIBRARY, *, sanitize: bool = False) -> Path | None:
     headers = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.h")))
     OBJECTS.mkdir(parents=True, exist_ok=True)
 
-    def compiled(job: tuple[str, list[str]]) -> Path:
+    def compiled(job: tuple[Path, list[str]]) -> Path:
         source, given = job
-        text = (HERE / source).read_bytes() + headers
+        text = source.read_bytes() + headers
         key = hashlib.sha256(repr((found, version, given)).encode() + text).hexdigest()[:16]
-        target = OBJECTS / f"{source}-{key}.o"
+        target = OBJECTS / f"{source.name}-{key}.o"
         if not target.exists():
-            part = target.with_suffix(f".{os.getpid()}")
-            subprocess.run(
-                [*found, *given, "-c", HERE / source, "-o", part, "-x", "none"], check=True
-            )
-            part.rename(target)
+            command = [*found, *given, "-I", HERE, "-c", source, "-o"]
+            _whole(target, lambda part: subprocess.run([*command, part], check=True))
         return target
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        objects = list(pool.map(compiled, jobs(flags)))
-    link = ["-shared", "-pthread", *(SANITIZED if sanitize else [])]
-    part = library.with_suffix(f".{os.getpid()}")
+        taken = [isa for isa in isas if known(found, isa)]
+        work = [*jobs(taken, flags), (description(), flags)]
+        objects = list(pool.map(compiled, work))
     library.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run([*found, *link, *objects, "-o", part], check=True)
-    part.rename(library)
+    link = [*found, "-shared", "-pthread", *(SANITIZED if sanitize else []), *objects, "-o"]
+    _whole(library, lambda part: subprocess.run([*link, part], check=True))
     return library
 
 
-def main() -> None:
+def _whole(target: Path, write: Callable[[Path], object]) -> None:
+    """Has a file written beside its place and renamed: nobody ever sees half of it."""
+    part = target.with_suffix(f".{os.getpid()}")
+    try:
+        write(part)
+        part.rename(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description="Compile decal's kernels.")
     parser.add_argument("--sanitize", metavar="FOLDER", type=Path)
-    folder = parser.parse_args().sanitize
-    if folder is not None:
-        print(build(folder / "_native.so", sanitize=True))
-        return
-    print(build() or "no C++ compiler found: decal will run in plain torch")
+    parser.add_argument("--library", metavar="FILE", type=Path, default=LIBRARY)
+    parser.add_argument("--isas", default=",".join(ISAS), help="of these: %(default)s")
+    given = parser.parse_args()
+    library = given.sanitize / LIBRARY.name if given.sanitize else given.library
+    try:
+        made = build(library, sanitize=bool(given.sanitize), isas=given.isas.split(","))
+    except subprocess.CalledProcessError as error:
+        print(f"error: {error.cmd[0]} failed (exit code {error.returncode})", file=sys.stderr)
+        return 1
+    print(made or "no C++ compiler found: decal will run in plain torch")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -43,3 +43,12 @@ void decal::run(int threads, void (*body)(void*, int, int), void* context) {
     body(context, 0, threads);
     for (std::thread& member : team) member.join();
 }
+
+// How many threads a kernel gets that asks for `threads`.
+extern "C" __attribute__((visibility("default"))) int decal_team(int threads) {
+    int found = 0;
+    decal::for_each_thread(threads, [&](int thread, int of) {
+        if (thread == 0) found = of;
+    });
+    return found;
+}

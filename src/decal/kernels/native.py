@@ -6,7 +6,10 @@ library does not take (another device or dtype, strides), and `ops.py` then asks
 
 Every kernel is compiled once per instruction set; the best one that the processor runs is chosen
 when the library is loaded. Environment: DECAL_ISA names one of `ISAS` or `off`; DECAL_NATIVE is the
-path of another build of the library.
+path of another build of the library. What they name and is not there is an error.
+
+In a checkout the sources lie beside the package and may be newer than the library: functions that
+are declared otherwise since are not called, and `decal env` says that the library is out of date.
 
 Threads are torch's: the library borrows the OpenMP runtime that torch has loaded and asks for
 torch's number of threads at every call. After a fork it uses one, because the runtime's team did
@@ -16,6 +19,7 @@ not come along.
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,9 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decal.errors import ConfigError
+from decal.kernels import declared
+
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
 """Best first."""
 LIBRARY = Path(__file__).with_name("_native.so")
+SOURCES = Path(__file__).parents[3] / "native"
+"""Where they are in a checkout; an installed package came with its library."""
+REBUILD = "make native"
 
 _forced: str | None = None
 _forked = False
@@ -46,18 +56,36 @@ if hasattr(os, "register_at_fork"):
 @cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why it is not used."""
-    path = Path(os.environ.get("DECAL_NATIVE") or LIBRARY)
+    given = os.environ.get("DECAL_NATIVE")
+    path = Path(given) if given else LIBRARY
     if os.environ.get("DECAL_ISA") == "off":
         return None, "switched off by DECAL_ISA"
     if not path.is_file():
-        return None, "not built: no C++ compiler was found when decal was installed"
+        if given:
+            raise ConfigError(f"DECAL_NATIVE is `{given}`, which is not a file")
+        return None, "not built: no C++ compiler worked when decal was installed"
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"{path.name} cannot be loaded: {error}"
-    library.decal_supports.argtypes = [ctypes.c_char_p]
-    _borrow_threads(library)
+    try:
+        library.decal_supports.argtypes = [ctypes.c_char_p]
+        library.decal_described.restype = ctypes.c_char_p
+        library.decal_team.argtypes = [ctypes.c_int]
+        _borrow_threads(library)
+    except AttributeError:
+        return None, f"{path.name} is out of date: run `{REBUILD}`"
     return library, "compiled"
+
+
+@cache
+def _outdated() -> frozenset[str] | None:
+    """The functions declared otherwise by now; None where the library is of these sources."""
+    library, _ = _library()
+    if library is None or not (SOURCES / "vec.h").is_file():
+        return None
+    then, now = json.loads(library.decal_described()), declared.describe(SOURCES)
+    return None if then == now else declared.changed(then, now)
 
 
 def _borrow_threads(library: ctypes.CDLL) -> None:
@@ -101,22 +129,49 @@ def available() -> tuple[str, ...]:
 
 @cache
 def _default() -> str | None:
-    wanted = os.environ.get("DECAL_ISA")
-    found = available()
-    if wanted and wanted in found:
+    """The instruction set of DECAL_ISA, or the best one.
+
+    Raises:
+        ConfigError: DECAL_ISA names none that runs here.
+    """
+    wanted, found = os.environ.get("DECAL_ISA"), available()
+    if not wanted or wanted == "off":
+        return found[0] if found else None
+    if wanted in found:
         return wanted
-    return found[0] if found else None
+    library, reason = _library()
+    have = f"there is {', '.join(found)}, or off" if library else reason
+    known = "cannot run here" if wanted in ISAS else "is no instruction set"
+    raise ConfigError(f"DECAL_ISA is `{wanted}`, which {known}: {have}")
 
 
 def isa() -> str | None:
-    """The instruction set in use; None where there is no library."""
-    return _forced or _default()
+    """The instruction set in use; None where the library is not used."""
+    chosen = _forced or _default()
+    return None if chosen == "none" else chosen
 
 
 def why() -> str:
     """How the choice came about, in a few words."""
     library, reason = _library()
-    return reason if library is None else f"{isa()} of {', '.join(available())}"
+    if library is None:
+        return reason
+    stale = "" if _outdated() is None else f"; out of date, run `{REBUILD}`"
+    return f"{isa() or 'not used here'}{stale}"
+
+
+def state() -> dict[str, Any]:
+    """What there is of compiled kernels and what is used: plain values."""
+    library, reason = _library()
+    if library is None:
+        return {"library": reason}
+    outdated = _outdated()
+    return {
+        "library": "compiled" if outdated is None else f"out of date: run `{REBUILD}`",
+        "available": list(available()),
+        "in_use": isa(),
+        "threads": team(),
+    }
 
 
 @contextmanager
@@ -134,20 +189,30 @@ def forced(name: str | None) -> Iterator[None]:
 @cache
 def _bound(name: str, of: str) -> Any:
     library, _ = _library()
-    function = getattr(library, f"decal_{name}_{of}")
-    function.restype = None
+    outdated = _outdated() or frozenset()
+    if library is None or name in outdated or declared.ANY in outdated:
+        return None
+    function = getattr(library, f"decal_{name}_{of}", None)
+    if function is not None:
+        function.restype = None
     return function
 
 
 def kernel(name: str) -> Callable[..., None] | None:
-    """The compiled function of an op in the instruction set in use, or None."""
+    """The compiled function of an op in the instruction set in use; None where there is none."""
     chosen = isa()
-    return None if chosen is None or chosen == "none" else _bound(name, chosen)
+    return None if chosen is None else _bound(name, chosen)
 
 
 def threads() -> int:
     """How many threads a kernel may use now."""
     return 1 if _forked else torch.get_num_threads()
+
+
+def team() -> int:
+    """How many threads a kernel gets when it asks for `threads()`."""
+    library, _ = _library()
+    return 0 if library is None else library.decal_team(threads())
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p:
