@@ -1,4 +1,4 @@
-"""The objective protocol: from logits and a batch to a loss sum. Knows no models.
+"""The objective protocol: from logits, or what a head projects to them, to a loss sum. No models.
 
 An objective is a module with these names; `OBJECTIVES` lists it. Losses are summed over what
 counts (tokens or rows), and divided by the caller.
@@ -11,6 +11,16 @@ from typing import Protocol
 from torch import Tensor
 
 from decal.data.batch import Batch
+from decal.kernels.stored import Stored
+
+
+class ProjectedLoss(Protocol):
+    """`Objective.loss` of the logits hidden W^T + bias, without making them as a whole."""
+
+    def __call__(
+        self, hidden: Tensor, head: Stored, bias: Tensor | None, targets: Tensor
+    ) -> Tensor:
+        """Hidden [N, H], frozen W [V, H] and bias [V] -> as `Objective.loss`."""
 
 
 class Objective(Protocol):
@@ -32,3 +42,8 @@ class Objective(Protocol):
 
     def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Differentiable sum over the N positions, fp32 scalar, of logits [N, V]."""
+
+    @property
+    def projected_loss(self) -> ProjectedLoss | None:
+        """The same from hidden states; None where logits are few and need no such care."""
+        ...

@@ -19,6 +19,8 @@ from decal.data.batch import Batch
 from decal.errors import DataError
 
 POOLS = True
+projected_loss = None
+"""Logits are few: one row per sample, one number per class."""
 
 
 def trained_positions(batch: Batch) -> Tensor:

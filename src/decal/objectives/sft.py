@@ -17,8 +17,18 @@ fused softmax kernels read them twice in all.
 The price: logits are consumed by backward. Whoever else needs them for its own backward gets
 autograd's in-place error, not a wrong gradient. Leaf tensors are left alone, and get a copy.
 
-Rejected: computing the gradient already in forward (as fused linear losses do), which makes
-evaluation pay for it; checkpointed chunks, which run the log-softmax twice through autograd.
+Where the head is a plain frozen projection z = h W^T + b, logits need not exist as a whole
+(`projected_loss`). The gradient of a hidden state h, up to the factor that backward brings, is
+
+    dl/dh = (softmax(z) - onehot(y)) W
+
+and z is at hand when its loss is computed. So each chunk of tokens is projected, scored, turned
+into softmax - onehot in place and multiplied with W again; what is kept for backward is dl/dh, of
+the size of the hidden states. Evaluation skips the second half.
+
+Rejected: the gradient in forward also for logits that others made, which makes evaluation pay for
+it; checkpointed chunks, which run the log-softmax twice through autograd; chunks over words, which
+read the hidden states once for each and need a second pass for the softmax.
 """
 
 from __future__ import annotations
@@ -30,10 +40,15 @@ from torch import Tensor
 
 from decal.data.batch import IGNORE, Batch
 from decal.errors import DataError
+from decal.kernels import ops
+from decal.kernels.stored import Stored
 
 POOLS = False
 CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**25}
 """Logits per chunk: 16 MB of fp32 suit a CPU's caches and allocator, 128 MB keep a GPU busy."""
+CHUNK_BYTES = 2**26
+"""Of projected logits at a time: hundreds of tokens, so that reading the head costs little beside
+multiplying with it, and a small part of what a step holds anyway."""
 
 
 def trained_positions(batch: Batch) -> Tensor:
@@ -73,6 +88,60 @@ def loss(logits: Tensor, targets: Tensor) -> Tensor:
         raise DataError("no token is trained in a batch")
     total: Tensor = _SummedCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
     return total
+
+
+def projected_loss(hidden: Tensor, head: Stored, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """As `loss` of the logits hidden W^T + bias, a chunk of which exists at a time.
+
+    Args:
+        hidden: [N, H], any floating dtype; left as they are.
+        head: W [V, H], frozen.
+        bias: [V], frozen.
+        targets: int64 [N]; IGNORE counts nothing.
+
+    Returns:
+        A scalar. Its gradient reaches `hidden` in their dtype; between the two products it is
+        rounded to it once per logit.
+
+    Raises:
+        DataError: there are no tokens.
+    """
+    if hidden.shape[0] == 0:
+        raise DataError("no token is trained in a batch")
+    wanted = hidden.requires_grad and torch.is_grad_enabled()
+    total: Tensor = _ProjectedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, head, bias, targets, wanted
+    )
+    return total
+
+
+class _ProjectedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Stored,
+        bias: Tensor | None,
+        targets: Tensor,
+        wanted: bool,
+    ) -> Tensor:
+        step = max(1, CHUNK_BYTES // (head.shape[0] * hidden.element_size()))
+        losses, gradients = [], []
+        for h, y in zip(hidden.split(step), targets.split(step), strict=True):
+            logits = ops.project(h, head, bias)
+            losses.append(ops.softmax_loss(logits, y, wanted))
+            if wanted:
+                gradients.append(ops.project_back([(logits, head)]))
+            del logits  # so that the next chunk's lie in the same memory
+        if wanted:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream, None, None, None, None
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

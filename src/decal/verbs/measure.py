@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from decal.config import DataConfig
 from decal.data.batch import Batch
@@ -24,6 +23,7 @@ from decal.data.source import Example, read_rows
 from decal.errors import DataError
 from decal.model import attention, heads
 from decal.objectives import classify, sft
+from decal.verbs.loss import batch_loss, head_of
 from decal.verbs.text import Chat, Observe, Prompt, complete, context_length, exact_match
 
 _BATCH_TOKENS = 4096
@@ -95,6 +95,7 @@ def measure(
     steps = len(asked.batches) + len(asked.questions)
     losses, count = 0.0, 0
     predicted: list[int] = []
+    head = head_of(model, sft) if asked.classes is None else None
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -105,8 +106,8 @@ def measure(
                 predicted += logits.argmax(dim=-1).tolist()
                 losses += float(classify.loss(logits, classify.targets(batch)))
             else:
-                logits = _logits(model, batch)
-                losses += float(sft.loss(logits, sft.targets(batch)))
+                with attention.flat_attention(model) if batch.layout == "flat" else nullcontext():
+                    losses += float(batch_loss(model, batch, sft, head))
             count += batch.trained
             if observe:
                 observe(done, steps)
@@ -133,10 +134,3 @@ def measure(
 
 def _answers(questions: Sequence[tuple[Prompt, str]]) -> list[str]:
     return [answer for _, answer in questions]
-
-
-def _logits(model: Any, batch: Batch) -> Tensor:
-    """[N, V] at the trained positions of a flat or a padded batch."""
-    keep = sft.trained_positions(batch)
-    with attention.flat_attention(model) if batch.layout == "flat" else nullcontext():
-        return attention.forward(model, batch, keep)

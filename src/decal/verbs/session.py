@@ -20,7 +20,7 @@ from decal.data.batch import Batch
 from decal.data.pack import Batches, make_batches
 from decal.data.sample import Sample
 from decal.errors import QuantError
-from decal.model import attention, heads, switches
+from decal.model import attention, heads, last_hidden, switches
 from decal.model.inject import adapters_of, trainable_line
 from decal.model.size import bits_per_weight
 from decal.model.targets import TargetTable
@@ -38,6 +38,7 @@ from decal.verbs.inputs import (
     refuse_other_vocabulary,
 )
 from decal.verbs.load import load_base
+from decal.verbs.loss import batch_loss, head_of
 from decal.verbs.same_base import hashing
 
 Say = Callable[[str], None]
@@ -55,6 +56,8 @@ class Session:
     eval_batches: list[Batch]
     flattening: attention.Flattening
     """Whether batches are flattened, and what was measured for it."""
+    head: last_hidden.PlainHead | None
+    """The head, where the loss needs no logits as a whole."""
     rates: dict[str, float]
     """Factors on the learning rate by parameter name; see `model/rates.py`."""
     table: TargetTable | None
@@ -84,12 +87,11 @@ class Session:
         batch = batch.to(self.model.device)
         keep = objective.trained_positions(batch)
         if objective.POOLS:
-            with routed(self._routing(batch, epoch, keep * batch.input_ids.shape[1])):
-                logits = heads.forward(self.model, batch)
+            rows = keep * batch.input_ids.shape[1]
         else:
-            with routed(self._routing(batch, epoch, attention.head_rows(batch, keep))):
-                logits = attention.forward(self.model, batch, keep)
-        return objective.loss(logits, objective.targets(batch)), batch.trained
+            rows = attention.head_rows(batch, keep)
+        with routed(self._routing(batch, epoch, rows)):
+            return batch_loss(self.model, batch, objective, self.head), batch.trained
 
     @torch.no_grad()
     def scores(self) -> dict[str, float]:
@@ -200,6 +202,7 @@ def begin(found: Inputs, say: Say) -> Session:
             encoded.eval, config.train.micro_batch_tokens, layout="flat" if flat else "padded"
         ),
         flattening=flattening,
+        head=head_of(model, OBJECTIVES[config.objective]),
         rates=rates(model, config),
         table=table,
         bits_per_weight=bits,
