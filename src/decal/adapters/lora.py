@@ -2,12 +2,12 @@
 
     x [T, in]    rows of the input, all leading dimensions flattened
     A [r, in]    B [out, r]    float32 masters, cast to the compute dtype for each product
-    z = inv * (keep . x) A^T               [T, r]     inv = 1 / (1 - p)
-    y = y_base + scale * z B^T
+    z = (keep . x) A^T               [T, r]
+    y = y_base + s * z B^T           s = scale / (1 - p)
 
-Backward, with g = dL/dy and s = scale * inv:
+Backward, with g = dL/dy:
 
-    dB = scale * g^T z        dA = (s g B)^T (keep . x)        dx = keep . ((s g B) A)
+    dB = s * g^T z        dA = (s g B)^T (keep . x)        dx = keep . ((s g B) A)
 
 Saved are x, which the layer's input is anyway and which projections of one input share, and z,
 which has r columns. The dropout mask `keep` is a hash of names and numbers and is computed again
@@ -26,8 +26,10 @@ base is untouched and weighted sets add up:
 In training, masks follow the routing's dropout key. A pass without one (a plain torch loop) draws
 them from torch's generator: one number per call, from which forward and backward make the mask.
 
-A and B are parameters in float32 and get float32 gradients. The products that sum over all T rows
-leave bf16 with a rounded sum; `_over_rows` keeps float32 without a float32 copy of x or g.
+A and B are parameters in float32 and get float32 gradients, also from bf16 rows.
+
+Here the update is added to whatever the base layer returned. A frozen base layer with this one
+adapter is one product, base and update together: `lines.py`.
 
 Rejected: computing the update in float32, as PEFT does without autocast. It needs a float32 copy
 of every input, and its extra digits vanish when the sum is rounded to the base's output.
@@ -51,6 +53,7 @@ from decal.adapters.base import (
     DropoutKey,
     LowRank,
     Piece,
+    Routing,
     as_master,
     current_routing,
     keeping_masters,
@@ -58,9 +61,7 @@ from decal.adapters.base import (
 from decal.adapters.init import module_generator, start_values
 from decal.config import LoraConfig
 from decal.kernels import ops
-
-_CHUNK = 1 << 20
-"""Elements that are float32 at one time where a product over rows is summed on a CPU."""
+from decal.kernels.stored import Keep, keep_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +90,16 @@ class Dropout(NamedTuple):
     input: int
     p: float
 
-    def keep(self, like: Tensor) -> Tensor:
-        """bool [T, features] for rows [T, features], True with probability 1 - p."""
-        return ops.dropout_keep(
+    def words(self, rows: int, features: int, device: torch.device) -> Keep:
+        """What to keep of an input of so many rows, which the key has, and features."""
+        return keep_words(
             self.key.seed,
             self.key.epoch,
             self.adapter,
             self.input,
-            self.key.sample_ids.reshape(-1).to(like.device),
-            self.key.positions.reshape(-1).to(like.device),
-            like.shape[-1],
+            self.key.sample_ids.reshape(-1).to(device),
+            self.key.positions.reshape(-1).to(device),
+            features,
             self.p,
         )
 
@@ -114,14 +115,12 @@ class Drawn(NamedTuple):
         """A new mask. Recomputation draws it again: checkpointing puts torch's generator back."""
         return cls(int(torch.randint(1 << 62, ())), p)
 
-    def keep(self, like: Tensor) -> Tensor:
-        """bool [T, features] for rows [.., features], True with probability 1 - p."""
-        shape = (like.numel() // like.shape[-1], like.shape[-1])
-        keep = torch.empty(shape, dtype=torch.bool, device=like.device)
-        if like.device.type == "meta":
-            return keep
-        generator = torch.Generator(like.device).manual_seed(self.seed)
-        return keep.bernoulli_(1 - self.p, generator=generator)
+    def words(self, rows: int, features: int, device: torch.device) -> Keep:
+        """What to keep of an input of so many rows and features."""
+        positions = torch.arange(rows, device=device)
+        return keep_words(
+            self.seed, 0, 0, 0, torch.zeros_like(positions), positions, features, self.p
+        )
 
 
 def salt(name: str) -> int:
@@ -134,19 +133,6 @@ def _exact(device: torch.device) -> AbstractContextManager[Any]:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
-
-
-def _over_rows(p_TM: Tensor, q_TN: Tensor) -> Tensor:
-    """p^T q [M, N], summed and returned in float32 (float64 for float64)."""
-    if p_TM.dtype.itemsize >= 4:
-        return p_TM.t() @ q_TN
-    if p_TM.is_cuda:
-        return torch.mm(p_TM.t(), q_TN, out_dtype=torch.float32)
-    total = torch.zeros(p_TM.shape[1], q_TN.shape[1], device=p_TM.device)
-    rows = max(1, _CHUNK // max(p_TM.shape[1], q_TN.shape[1]))
-    for p, q in zip(p_TM.split(rows), q_TN.split(rows), strict=True):
-        total.addmm_(p.float().t(), q.float())
-    return total
 
 
 def _add(ctx: Any, y_base: Tensor, z: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -177,13 +163,11 @@ class _Update(torch.autograd.Function):
     ) -> Tensor:
         with _exact(x.device):
             rows = x.reshape(-1, x.shape[-1])
-            if dropout is not None:
-                rows = rows.where(dropout.keep(rows), rows.new_zeros(()))
-            z = rows @ A.to(x.dtype).t()
-            if dropout is not None:
-                z.mul_(1.0 / (1.0 - dropout.p))
+            keep = None if dropout is None else dropout.words(*rows.shape, rows.device)
+            scale = scale if dropout is None else scale / (1.0 - dropout.p)
+            z = ops.into_rank(rows, A.to(x.dtype), keep)
             ctx.save_for_backward(x, z, A, B)
-            ctx.scale, ctx.dropout = scale, dropout
+            ctx.scale, ctx.keep = scale, keep
             ctx.shift_dtype = None if shift is None else shift.dtype
             y = _add(ctx, y_base, z, B, scale)
             return y if shift is None else y.add_(shift.to(y.dtype))
@@ -193,25 +177,22 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z, A, B = ctx.saved_tensors
         need_x, need_y, need_A, need_B, need_shift = ctx.needs_input_grad[:5]
-        dropout, scale = ctx.dropout, ctx.scale
+        keep, scale = ctx.keep, ctx.scale
         dx = dA = dB = d_shift = None
         with _exact(grad.device):
             g = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
             if need_B:
-                dB = _over_rows(g, z).mul_(scale).to(B.dtype)
+                dB = ops.over_rows(g, z).mul_(scale).to(B.dtype)
             if need_shift:
                 d_shift = g.sum(0, dtype=ctx.shift_dtype)
             if need_A or need_x:
-                inv = 1.0 if dropout is None else 1.0 / (1.0 - dropout.p)
-                gz = (g @ B.to(x.dtype)).mul_(scale * inv)
-                keep = None if dropout is None else dropout.keep(x)
+                gz = (g @ B.to(x.dtype)).mul_(scale)
                 if need_A:
                     rows = x.reshape(-1, x.shape[-1])
-                    rows = rows if keep is None else rows.where(keep, rows.new_zeros(()))
-                    dA = _over_rows(gz, rows).to(A.dtype)
+                    dA = ops.over_rows(gz, rows, keep).to(A.dtype)
                 if need_x:
                     dx = gz @ A.to(x.dtype)
-                    dx = (dx if keep is None else dx.mul_(keep)).view(x.shape)
+                    dx = (dx if keep is None else keep.drop_(dx)).view(x.shape)
         return dx, grad if need_y else None, dA, dB, d_shift, None, None
 
 
@@ -237,7 +218,7 @@ class _Lookup(torch.autograd.Function):
         with _exact(grad.device):
             g = grad.reshape(-1, grad.shape[-1]).to(z.dtype)
             if ctx.needs_input_grad[3]:
-                dB = _over_rows(g, z).mul_(ctx.scale).to(B.dtype)
+                dB = ops.over_rows(g, z).mul_(ctx.scale).to(B.dtype)
             if ctx.needs_input_grad[2]:
                 gz = ((g @ B.to(z.dtype)) * (ctx.gain * ctx.scale)).to(A.dtype)
                 if ctx.padding_idx is not None:
@@ -317,7 +298,8 @@ class Lora(nn.Module):
         if base.kind == "embedding":
             found: Tensor = _Lookup.apply(x, y_base, self.A, self.B, scale, base)
             return found
-        dropout = self._dropout(x, piece)
+        rows = x.numel() // x.shape[-1]
+        dropout = self.drop(current_routing(), piece or Piece(0, rows, rows))
         shift = self.shift(base.bias)
         shift = shift if shift is None or factor == 1.0 else shift * factor
         # Under autocast the base has cast x for itself; its output says to what.
@@ -325,15 +307,22 @@ class Lora(nn.Module):
         result: Tensor = _Update.apply(x, y_base, self.A, self.B, shift, scale, dropout)
         return result
 
-    def _dropout(self, x: Tensor, piece: Piece | None) -> Dropout | Drawn | None:
-        routing = current_routing()
+    @property
+    def plain(self) -> bool:
+        """Whether it is nothing but scale * B A."""
+        return self.B_bias is None and self.bias is None
+
+    def drop(self, routing: Routing | None, piece: Piece) -> Dropout | Drawn | None:
+        """How these rows of its input are dropped in a pass with this routing.
+
+        Raises AdapterError where they are not rows of the routing's dropout key.
+        """
         key = None if routing is None else routing.dropout
         if self.dropout == 0 or (key is None and not self.training):
             return None
         if key is None:
             return Drawn.now(self.dropout)
-        rows = x.numel() // x.shape[-1]
-        key = key.of(piece or Piece(0, rows, rows), self.module_name)
+        key = key.of(piece, self.module_name)
         return Dropout(key, self.adapter_salt, self.input_salt, self.dropout)
 
     def shift(self, base_bias: Tensor | None) -> Tensor | None:

@@ -72,6 +72,14 @@ class Keep(NamedTuple):
         rows = slice(start, stop)
         return reference_dropout.kept(self.offset[rows], self.factor[rows], self.column, self.least)
 
+    def drop_(self, x: Tensor) -> Tensor:
+        """x [T, F] with zeros where it is dropped, in place."""
+        step = rows_at_once(x.shape[1], x.device)
+        for start in range(0, x.shape[0], step):
+            stop = start + step
+            x[start:stop].masked_fill_(~self.mask(start, stop), 0.0)
+        return x
+
 
 def keep_words(
     seed: int,
