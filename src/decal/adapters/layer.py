@@ -8,16 +8,22 @@ model share.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from decal.adapters import lines
 from decal.adapters.base import BaseLayer, Piece, Routing, current_routing
+from decal.adapters.lines import Group, Line
+from decal.adapters.lora import Drawn, Dropout, Lora
 from decal.adapters.views import base_view
 
 _OWN = ("kind", "shape")
 """What makes a `BaseLayer`, which a wrapper is not."""
+_PLAIN = (Tensor, nn.Parameter)
+"""A weight of another type computes in its own way."""
 
 
 class RoutingState:
@@ -61,6 +67,11 @@ class AdaptedLayer(BaseProxy):
     def forward(self, x: Tensor) -> Tensor:
         """The base layer's output plus what the routed adapters add to it."""
         routing = current_routing() or self.state.routing
+        if self.acting(routing):
+            exact = self.base_layer.training or (torch.is_grad_enabled() and x.requires_grad)
+            group = group_of([self], routing, x, exact=exact)
+            if group is not None:
+                return lines.apply(group, x)
         y: Tensor = self.base_layer(x)
         if routing.segments:
             return self._by_rows(x, y, routing)
@@ -86,7 +97,88 @@ class AdaptedLayer(BaseProxy):
             start += count
         return torch.cat(parts).view(y.shape)
 
+    def acting(self, routing: Routing) -> list[tuple[str, float]]:
+        """The adapters of this layer that act on all rows, and their factors."""
+        return [weight for weight in routing.weights if weight[0] in self.adapters]
+
     @property
     def base(self) -> BaseLayer:
         """The base layer in logical orientation."""
         return self._view[0]
+
+
+def group_of(
+    layers: Sequence[AdaptedLayer], routing: Routing, x: Tensor, *, exact: bool
+) -> Group | None:
+    """Layers that share the input x [.., in] as one product, or None where they are not that.
+
+    They are if each is a frozen linear layer, in a layout that the products know, with at most one
+    adapter that acts, a plain low-rank one; and if nobody looks into them.
+
+    Args:
+        exact: products with the weight itself are wanted, also where the format has a quicker way
+            for inference.
+    """
+    if routing.segments or x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
+        return None
+    found: list[Line] = []
+    drops: list[Dropout | Drawn | None] = []
+    rows = x.numel() // max(1, x.shape[-1])
+    for layer in layers:
+        line = _frozen_line(layer, x, exact)
+        acting = layer.acting(routing)
+        if line is None or len(acting) > 1:
+            return None
+        if acting:
+            [(name, factor)] = acting
+            lora = layer.adapters[name]
+            if not isinstance(lora, Lora) or not lora.plain or watched(lora):
+                return None
+            if not drops:
+                drops = [lora.drop(routing, Piece(0, rows, rows))]
+            elif not _shares(lora, drops[0], routing):
+                return None
+            scale = lora.scale * factor / (1.0 - (drops[0].p if drops[0] else 0.0))
+            line = line._replace(A=lora.A, B=lora.B, scale=scale)
+        found.append(line)
+    keep = drops[0].words(rows, x.shape[-1], x.device) if drops and drops[0] else None
+    return Group(tuple(found), keep)
+
+
+def _frozen_line(layer: AdaptedLayer, x: Tensor, exact: bool) -> Line | None:
+    """The layer without its adapters, or None where it is not frozen, plain and at hand."""
+    get = getattr(layer.base, "stored", None)
+    if get is None or watched(layer) or watched(layer.base_layer):
+        return None
+    weight, bias = get(), layer.base.bias
+    data = weight.data
+    if data.requires_grad or data.device != x.device or type(data) not in _PLAIN:
+        return None
+    if weight.format == "dense" and data.dtype != x.dtype:
+        return None
+    if weight.format == "rows8" and not exact:
+        return None
+    if bias is not None and (bias.requires_grad or bias.dtype != x.dtype):
+        return None
+    return Line(weight, bias)
+
+
+def _shares(lora: Lora, dropout: Dropout | Drawn | None, routing: Routing) -> bool:
+    """Whether this adapter drops what another one of the group does."""
+    if dropout is None:
+        return lora.dropout == 0 or (routing.dropout is None and not lora.training)
+    if isinstance(dropout, Drawn):
+        return lora.dropout == dropout.p and lora.training
+    own = (lora.adapter_salt, lora.input_salt, lora.dropout)
+    return own == (dropout.adapter, dropout.input, dropout.p)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether hooks or a forward of its own hang on a module, which must then be called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from decal.adapters.base import BaseLayer
+from decal.kernels.stored import Stored
 
 _PRODUCT = {"super", "forward", "weight", "bias", "T", "t", "linear", "F", "nn", "functional"}
 """What a forward that writes x W^T + b in its own words names (Falcon's)."""
@@ -46,6 +47,10 @@ class LinearView:
     def weight(self) -> Tensor:
         return self.module.weight
 
+    def stored(self) -> Stored:
+        """The weight as the products of `kernels/ops.py` take it; QuantLinear has this too."""
+        return Stored("dense", self.shape, self.module.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         return self.module(x)
 
@@ -70,6 +75,9 @@ class Conv1DView:
     def weight(self) -> Tensor:
         weight: Tensor = self.module.weight
         return weight.t()
+
+    def stored(self) -> Stored:
+        return Stored("dense", self.shape, self.module.weight.t())
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.module(x)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from decal.errors import QuantError
+from decal.kernels.stored import Stored
 from decal.quant import quant_format
 from decal.quant.base import Packed, Recipe
 
@@ -124,6 +125,10 @@ class QuantLinear(nn.Module):
     def weight(self) -> Tensor:
         """The dequantized [out, in] weight in `compute_dtype`."""
         return quant_format(self.recipe.format).dequantize(self.packed, self.compute_dtype)
+
+    def stored(self) -> Stored:
+        """The packed weight as the products of `kernels/ops.py` take it, no copy."""
+        return quant_format(self.recipe.format).stored(self.packed)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], computed in x's dtype.
