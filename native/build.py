@@ -36,6 +36,8 @@ COMMON += ["-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored
 COMMON += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
+EMULATED = ["-DEMULATED_TILES"]
+
 ISAS: dict[str, list[str]] = {"portable": []}
 """Flags by instruction set; each gets its own copy of every kernel."""
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -92,9 +94,16 @@ def description() -> Path:
 
 
 def build(
-    library: Path = LIBRARY, *, sanitize: bool = False, isas: Sequence[str] = tuple(ISAS)
+    library: Path = LIBRARY,
+    *,
+    sanitize: bool = False,
+    emulate: bool = False,
+    isas: Sequence[str] = tuple(ISAS),
 ) -> Path | None:
     """Writes the library; returns its path, or None where there is no compiler.
+
+    With `emulate` the tile instructions of amx are loops (native/tiles.h), for tests on processors
+    without them.
 
     Raises:
         subprocess.CalledProcessError: the compiler refused a source; its words are on stderr.
@@ -103,7 +112,7 @@ def build(
     found = compiler()
     if found is None or sys.platform == "win32":
         return None
-    flags = [*COMMON, *SANITIZED] if sanitize else COMMON
+    flags = [*COMMON, *(SANITIZED if sanitize else []), *(EMULATED if emulate else [])]
     version = subprocess.run([*found, "--version"], capture_output=True, text=True).stdout
     headers = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.h")))
     OBJECTS.mkdir(parents=True, exist_ok=True)
@@ -128,6 +137,18 @@ def build(
     return library
 
 
+def preload() -> str:
+    """What LD_PRELOAD must hold for a sanitized library in a Python that is not.
+
+    libstdc++ is part of it: the sanitizer looks for the throwing of exceptions when it starts, and
+    Python itself does not bring it.
+    """
+    found = compiler() or ["c++"]
+    names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
+    asked = ([*found, f"-print-file-name={name}"] for name in names)
+    return ":".join(subprocess.check_output(each, text=True).strip() for each in asked)
+
+
 def _whole(target: Path, write: Callable[[Path], object]) -> None:
     """Has a file written beside its place and renamed: nobody ever sees half of it."""
     part = target.with_suffix(f".{os.getpid()}")
@@ -141,12 +162,22 @@ def _whole(target: Path, write: Callable[[Path], object]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile decal's kernels.")
     parser.add_argument("--sanitize", metavar="FOLDER", type=Path)
+    parser.add_argument("--emulate", action="store_true", help="amx in plain loops")
     parser.add_argument("--library", metavar="FILE", type=Path, default=LIBRARY)
     parser.add_argument("--isas", default=",".join(ISAS), help="of these: %(default)s")
+    parser.add_argument("--preload", action="store_true", help="print LD_PRELOAD for --sanitize")
     given = parser.parse_args()
+    if given.preload:
+        print(preload())
+        return 0
     library = given.sanitize / LIBRARY.name if given.sanitize else given.library
     try:
-        made = build(library, sanitize=bool(given.sanitize), isas=given.isas.split(","))
+        made = build(
+            library,
+            sanitize=bool(given.sanitize),
+            emulate=given.emulate,
+            isas=given.isas.split(","),
+        )
     except subprocess.CalledProcessError as error:
         print(f"error: {error.cmd[0]} failed (exit code {error.returncode})", file=sys.stderr)
         return 1

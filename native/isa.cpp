@@ -46,6 +46,9 @@ extern "C" __attribute__((visibility("default"))) int decal_supports(const char*
     if (!strcmp(name, "avx2")) return avx2;
     if (!strcmp(name, "avx512")) return avx512;
     if (!strcmp(name, "avx512bf16")) return bf16;
+#if defined(EMULATED_TILES)
+    if (!strcmp(name, "amx")) return bf16;
+#endif
     if (!strcmp(name, "amx"))
         return bf16 && has_cpuid_bit(7, 0, 'd', 22) && has_cpuid_bit(7, 0, 'd', 24) && amx_allowed();
 #endif

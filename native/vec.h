@@ -38,6 +38,7 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
 
 namespace NAMESPACE {
 
@@ -112,9 +113,10 @@ INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
 // exp to 2 units in the last place of a float: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]
-// (degree 6, minimax). Below -87.3 it is 0 to rounding, above 88.3 it stays at the largest power.
+// (degree 6, minimax). Below -87.3 it is 0 to rounding, above 88.3 it stays at the largest power;
+// NaN stays NaN, because min and max return their second argument where they cannot compare.
 INLINE vf exp(vf x) {
-    vf bounded = min(max(x, splat(-87.33654f)), splat(88.37626f));
+    vf bounded = min(splat(88.37626f), max(splat(-87.33654f), x));
     vf n = bounded * 1.44269504088896341f;
     n = (n + 12582912.0f) - 12582912.0f;
     vf t = bounded - n * 0.693359375f;

@@ -1,0 +1,480 @@
+// C [M, N] = sum over segments of a [M, k] times a stored weight: every linear layer, both ways.
+//
+// One engine serves forward (y = x W^T + z B^T), backward (dx = g W + keep . (dz A)), the products
+// into and out of the rank, and the gradients of the factors. A segment is a bf16 matrix `a` and a
+// weight that is read along its rows (W^T: output columns are rows of W) or across them (W: the
+// contraction runs over rows of W). Weights stay packed; what a product needs of them becomes bf16
+// in the cache and never reaches memory.
+//
+//     for each strip of columns (a few vectors wide)          of this thread's columns
+//         pack the strip of all segments                      panel: L2, at most DEPTH deep at once
+//         for each block of rows                              of this thread's rows
+//             C block = 0; C block += a panel, segment by segment; mask after the first if asked
+//             bias, addend, rounding, store
+//
+// A contraction deeper than DEPTH goes in passes, with C in float between them. The panel holds
+// pairs along the contraction, (k, k + 1) of one column side by side, for the dot products of bf16
+// pairs; without these it holds floats, and rows of `a` are widened block by block.
+//
+// Rejected: packing `a` too (it is read by rows, which the broadcast of a pair can do in place);
+// one panel per thread row block; a group of strips packed together (no gain, more L2).
+#include <algorithm>
+#include <cstdlib>
+
+#include "dropout.h"
+#include "parallel.h"
+#include "stored.h"
+#include "tiles.h"
+
+namespace NAMESPACE {
+
+using decal::Range;
+
+// kernels/native_project.py has the same fields in the same order.
+struct Segment {
+    const bf16* a;
+    int64_t lda;
+    int64_t k;
+    int32_t across;
+    Stored weight;
+};
+
+enum Masked : int32_t { nothing = 0, after_first = 1, left = 2, right = 3 };
+enum Output : int32_t { rounded = 0, floats = 1, floats_transposed = 2 };
+
+struct Product {
+    const Segment* segments;
+    int32_t count;
+    int64_t M, N;
+    const Keep* keep;
+    int32_t masked;
+    const bf16* bias;
+    const bf16* add;
+    int64_t ldadd;
+    void* out;
+    int64_t ldout;
+    int32_t output;
+};
+
+constexpr int64_t DEPTH = 2048;
+#if DECAL_W == 16
+constexpr int WIDEST = 4;
+#else
+constexpr int WIDEST = 2;
+#endif
+constexpr int WIDTH = WIDEST * W;
+
+#if defined(DOT_BF16)
+using Panel = uint32_t;  // one pair of bf16
+constexpr int64_t STEP = 2;
+#else
+using Panel = float;
+constexpr int64_t STEP = 1;
+#endif
+
+// Memory of one thread that grows and is used again by its next call.
+template <class T>
+struct Room {
+    T* at = nullptr;
+    size_t size = 0;
+    T* get(size_t n) {
+        if (n > size) {
+            free(at);
+            size = (n * sizeof(T) + 4095) / 4096 * 4096 / sizeof(T);
+            at = static_cast<T*>(aligned_alloc(4096, size * sizeof(T)));
+        }
+        return at;
+    }
+    ~Room() { free(at); }
+};
+
+// --- packing -------------------------------------------------------------------------------------
+
+#if defined(DOT_BF16)
+// 16 rows of 16 pairs -> 16 pairs of 16 rows.
+INLINE void transpose(const bf16* const* rows, int64_t at, Panel* out, int64_t stride) {
+    __m512i r[16], t[16];
+    for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(rows[i] + at);
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 8; ++i) {
+        __m512i low = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        __m512i high = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        _mm512_storeu_si512(out + i * stride, low);
+        _mm512_storeu_si512(out + (i + 8) * stride, high);
+    }
+}
+#endif
+
+// A strip of W^T: columns [n0, n0 + width) of C are rows of W; the contraction is [k0, k1) of them.
+inline void pack_along(const Segment& s, int64_t n0, int64_t N, int width, int64_t k0, int64_t k1,
+                       Panel* panel, bf16* room) {
+    int64_t depth = k1 - k0, padded = (depth + 31) / 32 * 32;
+    const bf16* rows[WIDTH];
+    for (int j = 0; j < width; ++j) {
+        bf16* own = room + j * padded;
+        if (n0 + j >= N) {
+            memset(own, 0, padded * sizeof(bf16));
+            rows[j] = own;
+            continue;
+        }
+        rows[j] = row_values(s.weight, n0 + j, k0, k1, own);
+        if (padded == depth) continue;
+        if (rows[j] != own) memcpy(own, rows[j], depth * sizeof(bf16));
+        memset(own + depth, 0, (padded - depth) * sizeof(bf16));
+        rows[j] = own;
+    }
+#if defined(DOT_BF16)
+    for (int j = 0; j < width; j += 16)
+        for (int64_t k = 0; k < padded; k += 32) transpose(rows + j, k, panel + k / 2 * width + j, width);
+#else
+    for (int64_t k = 0; k < depth; ++k)
+        for (int j = 0; j < width; ++j) panel[k * width + j] = to_float(rows[j][k]);
+#endif
+}
+
+// A strip of W: columns [n0, n0 + width) of C are columns of W; the contraction is rows [k0, k1).
+inline void pack_across(const Segment& s, int64_t n0, int64_t N, int width, int64_t k0, int64_t k1,
+                        const Keep* keep, Panel* panel) {
+    alignas(64) bf16 room[2][WIDTH];
+    int64_t held = std::min<int64_t>(width, N - n0);
+    int64_t end = STEP == 2 ? k0 + (k1 - k0 + 31) / 32 * 32 : k1;
+    for (int64_t k = k0; k < end; k += STEP) {
+        const bf16* rows[2];
+        for (int64_t i = 0; i < STEP; ++i) {
+            rows[i] = room[i];
+            if (k + i >= k1) {
+                memset(room[i], 0, sizeof room[i]);
+                continue;
+            }
+            rows[i] = row_values(s.weight, k + i, n0, n0 + held, room[i]);
+            if (keep) {
+                drop(*keep, k + i, n0, held, rows[i], room[i]);
+                rows[i] = room[i];
+            }
+            if (held == width) continue;
+            if (rows[i] != room[i]) memcpy(room[i], rows[i], held * sizeof(bf16));
+            memset(room[i] + held, 0, (width - held) * sizeof(bf16));
+            rows[i] = room[i];
+        }
+        Panel* out = panel + (k - k0) / STEP * width;
+        for (int j = 0; j < width; j += W) {
+#if defined(DOT_BF16)
+            vu first = __builtin_convertvector(*reinterpret_cast<const vh*>(rows[0] + j), vu);
+            vu second = __builtin_convertvector(*reinterpret_cast<const vh*>(rows[1] + j), vu);
+            *reinterpret_cast<vu*>(out + j) = first | (second << 16);
+#else
+            store(out + j, load(rows[0] + j));
+#endif
+        }
+    }
+}
+
+// --- multiplying ---------------------------------------------------------------------------------
+
+// Rows of one block: `count` of them are there, the others may be read as any of these.
+struct Rows {
+    const bf16* a;
+    int64_t lda;
+    int count;
+};
+
+#if defined(AMX)
+constexpr int TALLEST = 32;
+INLINE constexpr int tall(int) { return 32; }
+#else
+constexpr int TALLEST = DECAL_W == 16 ? 12 : 6;
+INLINE constexpr int tall(int vectors) {
+    return DECAL_W < 16 ? 6 : vectors == 4 ? 6 : vectors == 3 ? 8 : 12;
+}
+#endif
+
+#if defined(AMX)
+// 32 rows of C in tiles of 16 x 16, two columns of tiles at a time.
+template <int V>
+void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c) {
+    int64_t whole = rows.count == 32 ? depth / 32 * 32 : 0;
+    alignas(64) bf16 edge[32 * 32];
+    for (int v = 0; v < V; v += 2) {
+        bool two = v + 1 < V;
+        float* out = c + v * 16;
+        constexpr int64_t wide = V * 16;
+        tile_load<0>(out, wide * 4);
+        tile_load<1>(out + 16 * wide, wide * 4);
+        if (two) {
+            tile_load<2>(out + 16, wide * 4);
+            tile_load<3>(out + 16 * wide + 16, wide * 4);
+        }
+        for (int64_t k = 0; k < depth; k += 32) {
+            const bf16* a = rows.a + k;
+            int64_t lda = rows.lda;
+            if (k >= whole) {
+                int64_t held = std::min<int64_t>(32, depth - k);
+                memset(edge, 0, sizeof edge);
+                for (int i = 0; i < rows.count; ++i)
+                    memcpy(edge + i * 32, rows.a + i * rows.lda + k, held * sizeof(bf16));
+                a = edge;
+                lda = 32;
+            }
+            const Panel* b = panel + k / 2 * wide + v * 16;
+            tile_load<4>(a, lda * 2);
+            tile_load<5>(a + 16 * lda, lda * 2);
+            tile_load<6>(b, wide * 4);
+            tile_dot<0, 4, 6>();
+            tile_dot<1, 5, 6>();
+            if (two) {
+                tile_load<7>(b + 16, wide * 4);
+                tile_dot<2, 4, 7>();
+                tile_dot<3, 5, 7>();
+            }
+        }
+        tile_store<0>(out, wide * 4);
+        tile_store<1>(out + 16 * wide, wide * 4);
+        if (two) {
+            tile_store<2>(out + 16, wide * 4);
+            tile_store<3>(out + 16 * wide + 16, wide * 4);
+        }
+    }
+}
+#elif defined(DOT_BF16)
+template <int V>
+void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c) {
+    constexpr int R = tall(V);
+    const bf16* a[R];
+    for (int i = 0; i < R; ++i) a[i] = rows.a + std::min(i, rows.count - 1) * rows.lda;
+    __m512 sums[R][V];
+    for (int i = 0; i < R; ++i)
+        for (int v = 0; v < V; ++v) sums[i][v] = _mm512_loadu_ps(c + (i * V + v) * 16);
+    auto step = [&](const Panel* b, auto&& pair) INLINE_LAMBDA {
+        __m512bh column[V];
+        for (int v = 0; v < V; ++v) column[v] = (__m512bh)_mm512_loadu_si512(b + v * 16);
+        for (int i = 0; i < R; ++i) {
+            __m512bh value = (__m512bh)_mm512_set1_epi32(pair(a[i]));
+            for (int v = 0; v < V; ++v) sums[i][v] = _mm512_dpbf16_ps(sums[i][v], value, column[v]);
+        }
+    };
+    int64_t k = 0;
+    for (; k + 2 <= depth; k += 2) {
+        step(panel + k / 2 * (V * 16), [k](const bf16* row) INLINE_LAMBDA {
+            int32_t pair;
+            memcpy(&pair, row + k, 4);
+            return pair;
+        });
+    }
+    if (k < depth)
+        step(panel + k / 2 * (V * 16), [k](const bf16* row) INLINE_LAMBDA { return static_cast<int32_t>(row[k]); });
+    for (int i = 0; i < R; ++i)
+        for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + (i * V + v) * 16, sums[i][v]);
+}
+#else
+template <int V>
+void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c) {
+    constexpr int R = tall(V);
+    constexpr int64_t PART = 256;
+    alignas(64) float a[R][PART];
+    vf sums[R][V];
+    for (int i = 0; i < R; ++i)
+        for (int v = 0; v < V; ++v) sums[i][v] = load(c + (i * V + v) * W);
+    for (int64_t begin = 0; begin < depth; begin += PART) {
+        int64_t n = std::min(PART, depth - begin);
+        for (int i = 0; i < R; ++i) {
+            const bf16* row = rows.a + std::min(i, rows.count - 1) * rows.lda + begin;
+            int64_t k = 0;
+            for (; k + W <= n; k += W) store(a[i] + k, load(row + k));
+            for (; k < n; ++k) a[i][k] = to_float(row[k]);
+        }
+        const Panel* b = panel + begin * (V * W);
+        for (int64_t k = 0; k < n; ++k, b += V * W) {
+            vf column[V];
+            for (int v = 0; v < V; ++v) column[v] = load(b + v * W);
+            for (int i = 0; i < R; ++i)
+                for (int v = 0; v < V; ++v) sums[i][v] += a[i][k] * column[v];
+        }
+    }
+    for (int i = 0; i < R; ++i)
+        for (int v = 0; v < V; ++v) store(c + (i * V + v) * W, sums[i][v]);
+}
+#endif
+
+// --- one thread's part -----------------------------------------------------------------------------
+
+struct Piece {
+    const Segment* segment;
+    int64_t begin, end;  // of the segment's contraction
+    int64_t panel;       // where its panel begins
+};
+
+INLINE int64_t panel_depth(int64_t k) { return STEP == 2 ? (k + 31) / 32 * 32 / 2 : k; }
+
+inline void finish(const Product& p, const float* c, int64_t row, int rows, int64_t n0, int width) {
+    int64_t held = std::min<int64_t>(width, p.N - n0);
+    for (int i = 0; i < rows; ++i) {
+        const float* sums = c + i * width;
+        if (p.output == floats_transposed) {
+            float* out = static_cast<float*>(p.out) + row + i;
+            for (int64_t j = 0; j < held; ++j) out[(n0 + j) * p.ldout] = sums[j];
+            continue;
+        }
+        if (p.output == floats) {
+            memcpy(static_cast<float*>(p.out) + (row + i) * p.ldout + n0, sums, held * sizeof(float));
+            continue;
+        }
+        bf16* out = static_cast<bf16*>(p.out) + (row + i) * p.ldout + n0;
+        const bf16* add = p.add ? p.add + (row + i) * p.ldadd + n0 : nullptr;
+        const bf16* bias = p.bias ? p.bias + n0 : nullptr;
+        int64_t j = 0;
+        for (; j + W <= held; j += W) {
+            vf y = load(sums + j);
+            if (bias) y += load(bias + j);
+            if (add) y += load(add + j);
+            store(out + j, y);
+        }
+        if (j < held) {
+            vf y = load(sums + j);
+            if (bias) y += load_part(bias + j, held - j);
+            if (add) y += load_part(add + j, held - j);
+            store_part(out + j, y, held - j);
+        }
+    }
+}
+
+// Rows [r0, r1) of one pass over a strip. `between` holds C in float where there are several passes.
+template <int V>
+void sweep(const Product& p, const Piece* pieces, int count, const Panel* panel, int64_t n0, Range rows,
+           float* between, bool first, bool last) {
+    constexpr int R = tall(V), width = V * W;
+    alignas(64) float c[TALLEST * WIDTH];
+    static thread_local Room<bf16> masked;
+    for (int64_t row = rows.begin; row < rows.end; row += R) {
+        int height = static_cast<int>(std::min<int64_t>(R, rows.end - row));
+        float* held = between ? between + (row - rows.begin) * width : nullptr;
+        if (first)
+            std::fill(c, c + R * width, 0.0f);
+        else
+            memcpy(c, held, height * width * sizeof(float));
+        for (int i = 0; i < count; ++i) {
+            const Piece& piece = pieces[i];
+            const Segment& s = *piece.segment;
+            int64_t depth = piece.end - piece.begin;
+            Rows block{s.a + row * s.lda + piece.begin, s.lda, height};
+            if (p.masked == left) {
+                bf16* room = masked.get(R * depth);
+                for (int h = 0; h < height; ++h)
+                    drop(*p.keep, row + h, piece.begin, depth, block.a + h * s.lda, room + h * depth);
+                block = {room, depth, height};
+            }
+            multiply<V>(block, panel + piece.panel * width, depth, c);
+            if (p.masked == after_first && piece.segment == p.segments && piece.end == s.k)
+                for (int h = 0; h < height; ++h)
+                    drop(*p.keep, row + h, n0, std::min<int64_t>(width, p.N - n0), c + h * width);
+        }
+        if (last)
+            finish(p, c, row, height, n0, width);
+        else
+            memcpy(held, c, height * width * sizeof(float));
+    }
+}
+
+inline void strip(const Product& p, const Piece* pieces, int count, const Panel* panel, int64_t n0,
+                  int vectors, Range rows, float* between, bool first, bool last) {
+    switch (vectors) {
+        case 1: return sweep<1>(p, pieces, count, panel, n0, rows, between, first, last);
+        case 2: return sweep<2>(p, pieces, count, panel, n0, rows, between, first, last);
+#if DECAL_W == 16
+        case 3: return sweep<3>(p, pieces, count, panel, n0, rows, between, first, last);
+        case 4: return sweep<4>(p, pieces, count, panel, n0, rows, between, first, last);
+#endif
+    }
+}
+
+// Vectors of the next strip where `left` are to be covered: wide ones, but 3 + 3 for 2 or 4 + 2.
+INLINE int next_width(int64_t left) {
+    if (WIDEST < 4 || left % 4 == 0 || left < 3) return static_cast<int>(std::min<int64_t>(left, WIDEST));
+    return left % 4 == 3 && left > 3 ? 4 : 3;
+}
+
+inline void part(const Product& p, Range rows, Range columns) {
+    static thread_local Room<Panel> panels;
+    static thread_local Room<bf16> rooms;
+    static thread_local Room<float> floats_between;
+    int64_t deep = 0;
+    for (int i = 0; i < p.count; ++i) deep += p.segments[i].k;
+    bool passes = deep > DEPTH;
+    Panel* panel = panels.get((std::min(deep, DEPTH) + 32 * (p.count + 1)) * WIDTH);
+    bf16* room = rooms.get((DEPTH + 32) * WIDTH);
+    float* between = passes ? floats_between.get((rows.end - rows.begin) * WIDTH) : nullptr;
+    Piece pieces[16];
+    for (int64_t n0 = columns.begin; n0 < columns.end;) {
+        int vectors = next_width((columns.end - n0 + W - 1) / W), width = vectors * W;
+        int segment = 0;
+        int64_t at = 0;
+        bool first = true;
+        while (segment < p.count) {
+            int count = 0;
+            int64_t depth = 0, used = 0;
+            while (segment < p.count && depth < DEPTH && count < 16) {
+                const Segment& s = p.segments[segment];
+                int64_t end = std::min(s.k, at + DEPTH - depth);
+                if (s.across)
+                    pack_across(s, n0, p.N, width, at, end, p.masked == right ? p.keep : nullptr, panel + used * width);
+                else
+                    pack_along(s, n0, p.N, width, at, end, panel + used * width, room);
+                pieces[count++] = {&s, at, end, used};
+                used += panel_depth(end - at);
+                depth += end - at;
+                at = end;
+                if (at == s.k) {
+                    ++segment;
+                    at = 0;
+                }
+            }
+            strip(p, pieces, count, panel, n0, vectors, rows, between, first, segment == p.count);
+            first = false;
+        }
+        n0 += width;
+    }
+}
+
+// Threads along rows and columns: the grid whose largest part, packing included, is the least work.
+inline void grid(int64_t M, int64_t N, int threads, int& tall_, int& wide) {
+    constexpr int64_t packing = 48;  // rows' worth of work to pack a strip
+    int64_t best = INT64_MAX;
+    for (int along = 1; along <= threads; ++along) {
+        if (threads % along) continue;
+        int64_t across = threads / along;
+        int64_t rows = ((M + along - 1) / along + 5) / 6 * 6;
+        int64_t columns = ((N + W - 1) / W + across - 1) / across;
+        int64_t work = (rows + packing) * columns;
+        if (work < best) best = work, tall_ = along, wide = static_cast<int>(across);
+    }
+}
+
+}  // namespace NAMESPACE
+
+EXPORT(gemm)(const NAMESPACE::Product* given, int threads) {
+    using namespace NAMESPACE;
+    const Product& p = *given;
+    if (p.M == 0 || p.N == 0) return;
+    decal::for_each_thread(threads, [&](int thread, int of) {
+        [[maybe_unused]] Tiles tiles;
+        int tall_ = 1, wide = 1;
+        grid(p.M, p.N, of, tall_, wide);
+        Range rows = decal::share(p.M, thread / wide, tall_);
+        Range columns = decal::share(p.N, thread % wide, wide, W);
+        if (rows.begin < rows.end && columns.begin < columns.end) part(p, rows, columns);
+    });
+}
