@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from decal.kernels import (
+    native,
     reference_attention,
     reference_dropout,
     reference_int8,
@@ -70,12 +71,18 @@ def _run(op: str, *args: Any) -> Any:
 
 
 def explain() -> dict[str, Choice]:
-    """For every op the backend that runs it and the reason."""
+    """For every op the backend that is asked first, and why.
+
+    A compiled op leaves to torch what it does not take: other devices and dtypes.
+    """
+    found, reason = native.isa(), native.why()
+    absent = f"no compiled kernels: {reason}; training is several times slower"
     choices = {}
     for op, backends in BACKENDS.items():
-        first, *others = backends
-        reason = f"preferred to {', '.join(others)}" if others else "the only implementation"
-        choices[op] = Choice(first, reason)
+        if "native" not in backends:
+            choices[op] = Choice("torch", "the only implementation")
+        else:
+            choices[op] = Choice("native", reason) if found else Choice("torch", absent)
     return choices
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from decal.kernels import ops
+from decal.kernels import native, ops
 from decal.version import __version__
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "datasets", "numpy")
@@ -52,6 +52,7 @@ def env() -> dict[str, Any]:
         "cpu": _cpu(),
         "memory": memory(),
         "gpus": _gpus(),
+        "native": native.state(),
         "kernels": {name: _choice(choice) for name, choice in ops.explain().items()},
     }
 
@@ -130,7 +131,7 @@ def _gpus() -> list[dict[str, Any]]:
 
 
 def _choice(choice: Any) -> str:
-    """`torch: no faster backend is built` for a (backend, reason) pair."""
+    """`torch: the only implementation` for a (backend, reason) pair."""
     return ": ".join(str(part) for part in choice if part)
 
 
