@@ -49,7 +49,11 @@ INLINE float absmax_of(const T* x, int64_t n) {
         most = max(most, magnitude(load(x + i)));
         other = max(other, magnitude(load(x + i + W)));
     }
+#if defined(__AVX512F__)
+    float out = _mm512_reduce_max_ps((__m512)max(most, other));
+#else
     float out = largest(max(most, other));
+#endif
     for (; i < n; ++i) {
         float next = magnitude(value_at(x, i));
         out = next > out ? next : out;
@@ -64,18 +68,23 @@ struct Nearest {
     const uint8_t* order;    // code of each rank, or null where they are the same
 #if defined(__AVX512F__)
     __m512 table;
+    __m512i codes;
 #else
     vf table[15];
 #endif
 
-    explicit Nearest(const float* given, const uint8_t* codes) : midpoints(given), order(codes) {
+    explicit Nearest(const float* given, const uint8_t* ranked) : midpoints(given), order(ranked) {
 #if defined(__AVX512F__)
+        alignas(64) int32_t wide[16];
+        for (int i = 0; i < 16; ++i) wide[i] = order ? order[i] : i;
         table = _mm512_maskz_loadu_ps(0x7fff, given);
+        codes = _mm512_load_si512(wide);
 #else
         for (int i = 0; i < 15; ++i) table[i] = splat(given[i]);
 #endif
     }
 
+    // What `pack` takes: codes already with AVX-512, else ranks.
     INLINE vi ranks(vf x) const {
 #if defined(__AVX512F__)
         __m512i rank = _mm512_setzero_si512();
@@ -86,7 +95,7 @@ struct Nearest {
                 value, _mm512_permutexvar_ps(probe, table), _CMP_GT_OQ);
             rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(step));
         }
-        return (vi)rank;
+        return (vi)_mm512_permutexvar_epi32(rank, codes);
 #else
         vi rank = vi{};
         for (int i = 0; i < 15; ++i) rank -= x > table[i];
@@ -110,14 +119,25 @@ INLINE void pack(uint8_t* out, vi ranks) {
     *reinterpret_cast<vb*>(out) = __builtin_convertvector((pairs << 4) | (pairs >> 32), vb);
 }
 
+#if defined(__AVX512F__)
+struct Reordered {
+    explicit Reordered(const uint8_t*) {}
+    INLINE void apply(uint8_t*, int64_t) const {}
+};
+#else
 // The codes of ranks, two in a byte at a time.
 struct Reordered {
+    bool same;
     uint8_t byte[256];
-    explicit Reordered(const uint8_t* order) {
+    explicit Reordered(const uint8_t* order) : same(!order) {
         for (int i = 0; order && i < 256; ++i)
             byte[i] = static_cast<uint8_t>(order[i >> 4] << 4 | order[i & 15]);
     }
+    INLINE void apply(uint8_t* packed, int64_t bytes) const {
+        for (int64_t i = 0; !same && i < bytes; ++i) packed[i] = byte[packed[i]];
+    }
 };
+#endif
 
 template <class T>
 void quantize_4bit_of(const T* x, int64_t n, int64_t block, const float* midpoints,
@@ -135,8 +155,7 @@ void quantize_4bit_of(const T* x, int64_t n, int64_t block, const float* midpoin
             float factor = 1.0f / (scale < TINY ? TINY : scale);
             for (int64_t i = 0; i < block; i += W)
                 pack(out + i / 2, nearest.ranks(load(values + i) * factor));
-            if (order)
-                for (int64_t i = 0; i < block / 2; ++i) out[i] = codes.byte[out[i]];
+            codes.apply(out, block / 2);
         }
     });
     int64_t begin = full * block;
@@ -153,61 +172,65 @@ void quantize_4bit_of(const T* x, int64_t n, int64_t block, const float* midpoin
 
 // --- 4 bits: the values --------------------------------------------------------------------------
 
-// The values of one block: `bytes` of them pairs, `code` scaled by `scale`.
+// The values of one block: `bytes` pairs of codes, a multiple of 16, times `scale`.
 INLINE void expand(const uint8_t* packed, int64_t bytes, const float* code, float scale,
                    bf16* out) {
-    alignas(64) bf16 table[32];
-    for (int i = 0; i < 16; i += W) put(table + i, load(code + i) * scale);
-    int64_t i = 0;
 #if defined(__AVX512BW__)
     // Only the low five bits of a lookup count, so the table stands twice and bit 4 is left as is.
-    memcpy(table + 16, table, 32);
-    __m512i words = _mm512_load_si512(table);
-    for (; i + 16 <= bytes; i += 16) {
+    __m512i words = _mm512_broadcast_i64x4((__m256i)rounded(load(code) * scale));
+    for (int64_t i = 0; i < bytes; i += 16) {
         __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(packed + i)));
         __m512i index = _mm512_or_si512(_mm512_srli_epi32(pair, 4), _mm512_slli_epi32(pair, 16));
         _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(index, words));
     }
 #elif defined(__AVX2__)
-    alignas(16) uint8_t low[16], high[16];
-    for (int k = 0; k < 16; ++k) low[k] = table[k] & 255, high[k] = table[k] >> 8;
-    __m128i lows = _mm_load_si128((const __m128i*)low), nibble = _mm_set1_epi8(15);
-    __m128i highs = _mm_load_si128((const __m128i*)high);
-    for (; i + 8 <= bytes; i += 8) {
-        __m128i pair = _mm_loadl_epi64((const __m128i*)(packed + i));
+    __m128i byte = _mm_set1_epi16(255), nibble = _mm_set1_epi8(15);
+    __m128i a = (__m128i)rounded(load(code) * scale), b = (__m128i)rounded(load(code + 8) * scale);
+    __m128i lows = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte));
+    __m128i highs = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+    for (int64_t i = 0; i < bytes; i += 16) {
+        __m128i pair = _mm_loadu_si128((const __m128i*)(packed + i));
         __m128i first = _mm_and_si128(_mm_srli_epi16(pair, 4), nibble);
-        __m128i index = _mm_unpacklo_epi8(first, _mm_and_si128(pair, nibble));
-        __m128i a = _mm_shuffle_epi8(lows, index), b = _mm_shuffle_epi8(highs, index);
-        _mm_storeu_si128((__m128i*)(out + 2 * i), _mm_unpacklo_epi8(a, b));
-        _mm_storeu_si128((__m128i*)(out + 2 * i + 8), _mm_unpackhi_epi8(a, b));
+        __m128i second = _mm_and_si128(pair, nibble);
+        __m128i index[2] = {_mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second)};
+        for (int half = 0; half < 2; ++half) {
+            __m128i low = _mm_shuffle_epi8(lows, index[half]);
+            __m128i high = _mm_shuffle_epi8(highs, index[half]);
+            __m128i* to = (__m128i*)(out + 2 * i + 16 * half);
+            _mm_storeu_si128(to, _mm_unpacklo_epi8(low, high));
+            _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(low, high));
+        }
     }
-#endif
-    for (; i < bytes; ++i) {
+#else
+    bf16 table[16];
+    for (int i = 0; i < 16; i += W) put(table + i, load(code + i) * scale);
+    for (int64_t i = 0; i < bytes; ++i) {
         out[2 * i] = table[packed[i] >> 4];
         out[2 * i + 1] = table[packed[i] & 15];
     }
+#endif
 }
 
 INLINE void expand(const uint8_t* packed, int64_t bytes, const float* code, float scale,
                    float* out) {
-    alignas(64) float table[16];
-    for (int i = 0; i < 16; i += W) store(table + i, load(code + i) * scale);
-    int64_t i = 0;
 #if defined(__AVX512F__)
-    __m512 words = _mm512_load_ps(table);
+    __m512 words = (__m512)(load(code) * scale);
     __m512i nibble = _mm512_set1_epi64(15);
-    for (; i + 8 <= bytes; i += 8) {
+    for (int64_t i = 0; i < bytes; i += 8) {
         __m512i pair = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(packed + i)));
         __m512i first = _mm512_srli_epi64(pair, 4);
         __m512i second = _mm512_slli_epi64(_mm512_and_si512(pair, nibble), 32);
         _mm512_storeu_ps(out + 2 * i,
                          _mm512_permutexvar_ps(_mm512_or_si512(first, second), words));
     }
-#endif
-    for (; i < bytes; ++i) {
+#else
+    float table[16];
+    for (int i = 0; i < 16; i += W) store(table + i, load(code + i) * scale);
+    for (int64_t i = 0; i < bytes; ++i) {
         out[2 * i] = table[packed[i] >> 4];
         out[2 * i + 1] = table[packed[i] & 15];
     }
+#endif
 }
 
 template <class T>

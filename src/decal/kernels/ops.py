@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from decal.kernels import (
+    native_quant,
     native,
     reference_attention,
     reference_dropout,
@@ -36,13 +37,22 @@ class Choice(NamedTuple):
 
 
 BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
-    "quantize_4bit": {"torch": reference_quant.quantize_4bit},
-    "dequantize_4bit": {"torch": reference_quant.dequantize_4bit},
+    "quantize_4bit": {"native": native_quant.quantize_4bit, "torch": reference_quant.quantize_4bit},
+    "dequantize_4bit": {
+        "native": native_quant.dequantize_4bit,
+        "torch": reference_quant.dequantize_4bit,
+    },
     "dynamic_map": {"torch": reference_quant.dynamic_map},
-    "quantize_8bit": {"torch": reference_quant.quantize_8bit},
-    "dequantize_8bit": {"torch": reference_quant.dequantize_8bit},
-    "quantize_rows": {"torch": reference_int8.quantize_rows},
-    "dequantize_rows": {"torch": reference_int8.dequantize_rows},
+    "quantize_8bit": {"native": native_quant.quantize_8bit, "torch": reference_quant.quantize_8bit},
+    "dequantize_8bit": {
+        "native": native_quant.dequantize_8bit,
+        "torch": reference_quant.dequantize_8bit,
+    },
+    "quantize_rows": {"native": native_quant.quantize_rows, "torch": reference_int8.quantize_rows},
+    "dequantize_rows": {
+        "native": native_quant.dequantize_rows,
+        "torch": reference_int8.dequantize_rows,
+    },
     "int8_matmul": {"torch": reference_int8.int8_matmul},
     "dropout_keep": {"torch": reference_dropout.dropout_keep},
     "project": {"torch": reference_project.project},
