@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from decal.kernels import (
+    native_attention,
     native_quant,
     native,
     reference_attention,
@@ -65,7 +66,18 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
     "swiglu_backward": {"torch": reference_swiglu.swiglu_backward},
     "rotate": {"torch": reference_rope.rotate},
     "softmax_loss": {"torch": reference_loss.softmax_loss},
-    "attention_flat": {"torch": reference_attention.attention_flat},
+    "attention_flat": {
+        "native": native_attention.attention_flat,
+        "torch": reference_attention.attention_flat,
+    },
+    "attention_flat_forward": {
+        "native": native_attention.attention_flat_forward,
+        "torch": reference_attention.attention_flat_forward,
+    },
+    "attention_flat_backward": {
+        "native": native_attention.attention_flat_backward,
+        "torch": reference_attention.attention_flat_backward,
+    },
     "attention_masked": {"torch": reference_attention.attention_masked},
 }
 """Implementations of each op by backend, the preferred one first."""
@@ -229,6 +241,29 @@ def attention_flat(
 ) -> Tensor:
     """q [T, Hq, D], k [T, Hk, D], v [T, Hk, Dv] -> [T, Hq, Dv], causal inside each sequence."""
     return _run("attention_flat", q, k, v, cu_seq_lens, scale, window, softcap, sinks)
+
+
+def attention_flat_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attention_flat` without autograd -> [T, Hq, Dv], float32 log-sum-exp [Hq, T]."""
+    return _run("attention_flat_forward", q, k, v, cu_seq_lens, scale, window)
+
+
+def attention_flat_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seq_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v from that of `out`; out and lse as the forward op gave them."""
+    args = (grad, q, k, v, out, lse, cu_seq_lens, scale, window)
+    return _run("attention_flat_backward", *args)
 
 
 def attention_masked(

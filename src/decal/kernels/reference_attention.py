@@ -1,5 +1,8 @@
 """Attention in plain torch: the specification of `attention_flat` and `attention_masked`.
 
+`attention_flat_forward` and `attention_flat_backward` are the two halves of `attention_flat` for
+those who do without autograd: one sequence after the other, with the softmax written out.
+
 Knows tensors only, no model. `attention_flat` is causal and holds no mask of the whole batch: the
 sequences lie one after the other, none sees another. Those of similar length are stacked and
 computed together, filled up on the right with their last token: causal attention never looks to
@@ -18,6 +21,7 @@ window that no sequence of the group exceeds is no window.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -58,11 +62,7 @@ def attention_flat(
     Raises:
         ValueError: cu_seq_lens does not cover T.
     """
-    edges = cu_seq_lens.tolist()
-    if edges[0] != 0 or edges[-1] != q.shape[0]:
-        raise ValueError(
-            f"cu_seq_lens runs from {edges[0]} to {edges[-1]}, q has {q.shape[0]} rows"
-        )
+    edges = _edges(cu_seq_lens, q.shape[0])
     spans = [(start, stop - start) for start, stop in pairwise(edges) if stop > start]
     if len({length for _, length in spans}) == 1:
         return _stacked(spans[0][1], q, k, v, scale, window, softcap, sinks)
@@ -82,6 +82,104 @@ def attention_flat(
         found[at[real]] = done + real.view(-1).nonzero().squeeze(1)
         done += at.numel()
     return torch.cat(outs).index_select(0, found)
+
+
+def _edges(cu_seq_lens: Tensor, rows: int) -> list[int]:
+    edges: list[int] = cu_seq_lens.tolist()
+    if edges[0] != 0 or edges[-1] != rows:
+        raise ValueError(f"cu_seq_lens runs from {edges[0]} to {edges[-1]}, q has {rows} rows")
+    return edges
+
+
+def attention_flat_forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seq_lens: Tensor, scale: float, window: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """`attention_flat` without autograd, and what its backward needs.
+
+    Args:
+        q, k, v, cu_seq_lens, scale, window: as in `attention_flat`.
+
+    Returns:
+        [T, Hq, Dv] in q's dtype, and float32 [Hq, T] (float64 for float64): the logarithm of the
+        sum of exp(s[i, j]) over the visible j.
+
+    Raises:
+        ValueError: cu_seq_lens does not cover T.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=wide)
+    for queries, keys in _pieces(_edges(cu_seq_lens, q.shape[0]), q.shape[1]):
+        scores = _scores(q[queries], k[keys], scale, window)
+        total = torch.logsumexp(scores, -1, keepdim=True)
+        lse[:, queries] = total.flatten(0, 1).squeeze(-1)
+        found = (scores - total).exp() @ v[keys].to(wide).transpose(0, 1)[:, None]
+        out[queries] = found.flatten(0, 1).transpose(0, 1).to(q.dtype)
+    return out, lse
+
+
+def attention_flat_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seq_lens: Tensor,
+    scale: float,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, where grad is that of `out`.
+
+        p = exp(s - lse)                          dv = p^T grad
+        ds = p * (grad v^T - rowsum(grad * out))  dq = scale ds k,  dk = scale ds^T q
+
+    dk and dv are sums over the query heads that share a key head.
+
+    Args:
+        grad: [T, Hq, Dv].
+        q, k, v, cu_seq_lens, scale, window: as given to `attention_flat_forward`.
+        out, lse: what it returned.
+
+    Returns:
+        Contiguous [T, Hq, D], [T, Hk, D] and [T, Hk, Dv] in q's dtype.
+
+    Raises:
+        ValueError: cu_seq_lens does not cover T.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
+    for queries, keys in _pieces(_edges(cu_seq_lens, q.shape[0]), q.shape[1]):
+        q_, grad_, out_ = (
+            x[queries].to(wide).transpose(0, 1).unflatten(0, (-1, group)) for x in (q, grad, out)
+        )
+        k_, v_ = (x[keys].to(wide).transpose(0, 1)[:, None] for x in (k, v))
+        logs = lse[:, queries].unflatten(0, (-1, group))[..., None]
+        share = (_scores(q[queries], k[keys], scale, window) - logs).exp()
+        change = share * (grad_ @ v_.transpose(-1, -2) - (grad_ * out_).sum(-1, keepdim=True))
+        dq[queries] = scale * (change @ k_).flatten(0, 1).transpose(0, 1)
+        dk[keys] += scale * (change.transpose(-1, -2) @ q_).sum(1).transpose(0, 1)
+        dv[keys] += (share.transpose(-1, -2) @ grad_).sum(1).transpose(0, 1)
+    return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+
+
+def _pieces(edges: list[int], heads: int) -> Iterator[tuple[slice, slice]]:
+    """Rows of queries and of the keys before and beside them, few enough at a time."""
+    for start, stop in pairwise(edges):
+        step = max(1, _SCORES // (heads * max(1, stop - start)))
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            yield slice(first, last), slice(start, last)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, window: int | None) -> Tensor:
+    """[Hk, Hq / Hk, n, m] of the last n of m rows, minus infinity where nothing is seen."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.to(wide).transpose(0, 1).unflatten(0, (k.shape[1], -1))
+    scores = grouped @ k.to(wide).permute(1, 2, 0)[:, None] * scale
+    visible = _window(k.shape[0], window, q.device)[0, 0, -q.shape[0] :]
+    return scores.masked_fill(~visible, -torch.inf)
 
 
 def _stacked(
