@@ -14,17 +14,18 @@ import torch
 
 from decal.kernels import native
 
-SECONDS = 0.15
-"""How long one measurement takes, about."""
-
 
 class Peak:
-    """Measures with torch's number of threads; `what` says by which loop."""
+    """Measures with torch's number of threads; `what` says by which loop.
 
-    def __init__(self) -> None:
+    Args:
+        seconds: how long a measurement takes, about.
+    """
+
+    def __init__(self, seconds: float = 0.15) -> None:
         self.what = f"native loop, {native.isa()}" if native.isa() else "torch bf16 2048^3"
         self._rounds = 1000
-        while self._timed()[0] < SECONDS / 2:
+        while self._timed()[0] < seconds / 5:
             self._rounds *= 2
 
     def rate(self) -> float:

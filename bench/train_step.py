@@ -37,8 +37,8 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a script: in bench/ lies a file named like a package, kernels.py
+    sys.path[0] = str(ROOT)
 
 from bench import performance_page  # noqa: E402
 from bench.shapes import KNOWN, chat_rows, even_rows, operations, write_base  # noqa: E402
