@@ -9,7 +9,7 @@
 //     for each strip of columns (a few vectors wide)          of this thread's columns
 //         pack the strip of all segments                      panel: L2, at most DEPTH deep at once
 //         for each block of rows                              of this thread's rows
-//             C block = 0; C block += a panel, segment by segment; mask after the first if asked
+//             C block = a panel, segment by segment; mask after the first if asked
 //             bias, addend, rounding, store
 //
 // A contraction deeper than DEPTH goes in passes, with C in float between them. The panel holds
@@ -204,20 +204,26 @@ INLINE constexpr int tall(int vectors) {
 #endif
 
 #if defined(AMX)
+constexpr int AHEAD = 32;  // rows of the panel: about 4 KB before the tiles need them from L2
+
 // 32 rows of C in tiles of 16 x 16, two columns of tiles at a time.
 template <int V>
-void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c) {
+void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c, bool fresh) {
     int64_t whole = rows.count == 32 ? depth / 32 * 32 : 0;
     alignas(64) bf16 edge[32 * 32];
     for (int v = 0; v < V; v += 2) {
         bool two = v + 1 < V;
         float* out = c + v * 16;
         constexpr int64_t wide = V * 16;
-        tile_load<0>(out, wide * 4);
-        tile_load<1>(out + 16 * wide, wide * 4);
-        if (two) {
-            tile_load<2>(out + 16, wide * 4);
-            tile_load<3>(out + 16 * wide + 16, wide * 4);
+        if (fresh) {
+            tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+        } else {
+            tile_load<0>(out, wide * 4);
+            tile_load<1>(out + 16 * wide, wide * 4);
+            if (two) {
+                tile_load<2>(out + 16, wide * 4);
+                tile_load<3>(out + 16 * wide + 16, wide * 4);
+            }
         }
         for (int64_t k = 0; k < depth; k += 32) {
             const bf16* a = rows.a + k;
@@ -231,6 +237,9 @@ void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c) {
                 lda = 32;
             }
             const Panel* b = panel + k / 2 * wide + v * 16;
+            for (int i = 0; i < 16; ++i) __builtin_prefetch(b + (AHEAD + i) * wide);
+            if (two)
+                for (int i = 0; i < 16; ++i) __builtin_prefetch(b + (AHEAD + i) * wide + 16);
             tile_load<4>(a, lda * 2);
             tile_load<5>(a + 16 * lda, lda * 2);
             tile_load<6>(b, wide * 4);
@@ -252,13 +261,13 @@ void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c) {
 }
 #elif defined(DOT_BF16)
 template <int V>
-void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c) {
+void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c, bool fresh) {
     constexpr int R = tall(V);
     const bf16* a[R];
     for (int i = 0; i < R; ++i) a[i] = rows.a + std::min(i, rows.count - 1) * rows.lda;
     __m512 sums[R][V];
     for (int i = 0; i < R; ++i)
-        for (int v = 0; v < V; ++v) sums[i][v] = _mm512_loadu_ps(c + (i * V + v) * 16);
+        for (int v = 0; v < V; ++v) sums[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + (i * V + v) * 16);
     auto step = [&](const Panel* b, auto&& pair) INLINE_LAMBDA {
         __m512bh column[V];
         for (int v = 0; v < V; ++v) column[v] = (__m512bh)_mm512_loadu_si512(b + v * 16);
@@ -282,13 +291,13 @@ void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c) {
 }
 #else
 template <int V>
-void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c) {
+void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c, bool fresh) {
     constexpr int R = tall(V);
     constexpr int64_t PART = 256;
     alignas(64) float a[R][PART];
     vf sums[R][V];
     for (int i = 0; i < R; ++i)
-        for (int v = 0; v < V; ++v) sums[i][v] = load(c + (i * V + v) * W);
+        for (int v = 0; v < V; ++v) sums[i][v] = fresh ? vf{} : load(c + (i * V + v) * W);
     for (int64_t begin = 0; begin < depth; begin += PART) {
         int64_t n = std::min(PART, depth - begin);
         for (int i = 0; i < R; ++i) {
@@ -319,6 +328,15 @@ struct Piece {
 };
 
 INLINE int64_t panel_depth(int64_t k) { return STEP == 2 ? (k + 31) / 32 * 32 / 2 : k; }
+
+inline void pack(const Product& p, const Piece& piece, int64_t n0, int width, Panel* panel, bf16* room) {
+    const Segment& s = *piece.segment;
+    Panel* own = panel + piece.panel * width;
+    if (s.across)
+        pack_across(s, n0, p.N, width, piece.begin, piece.end, p.masked == right ? p.keep : nullptr, own);
+    else
+        pack_along(s, n0, p.N, width, piece.begin, piece.end, own, room);
+}
 
 inline void finish(const Product& p, const float* c, int64_t row, int rows, int64_t n0, int width) {
     int64_t held = std::min<int64_t>(width, p.N - n0);
@@ -362,10 +380,7 @@ void sweep(const Product& p, const Piece* pieces, int count, const Panel* panel,
     for (int64_t row = rows.begin; row < rows.end; row += R) {
         int height = static_cast<int>(std::min<int64_t>(R, rows.end - row));
         float* held = between ? between + (row - rows.begin) * width : nullptr;
-        if (first)
-            std::fill(c, c + R * width, 0.0f);
-        else
-            memcpy(c, held, height * width * sizeof(float));
+        if (!first) memcpy(c, held, height * width * sizeof(float));
         for (int i = 0; i < count; ++i) {
             const Piece& piece = pieces[i];
             const Segment& s = *piece.segment;
@@ -377,7 +392,7 @@ void sweep(const Product& p, const Piece* pieces, int count, const Panel* panel,
                     drop(*p.keep, row + h, piece.begin, depth, block.a + h * s.lda, room + h * depth);
                 block = {room, depth, height};
             }
-            multiply<V>(block, panel + piece.panel * width, depth, c);
+            multiply<V>(block, panel + piece.panel * width, depth, c, first && i == 0);
             if (p.masked == after_first && piece.segment == p.segments && piece.end == s.k)
                 for (int h = 0; h < height; ++h)
                     drop(*p.keep, row + h, n0, std::min<int64_t>(width, p.N - n0), c + h * width);
@@ -407,45 +422,79 @@ INLINE int next_width(int64_t left) {
     return left % 4 == 3 && left > 3 ? 4 : 3;
 }
 
+#if defined(AMX)
+// Tiles eat a panel faster than L3 delivers rows: panels of many strips fill L2, and each block of
+// rows meets them all while it is in L1.
+constexpr int64_t GROUP = 1 << 18, BLOCK = 32;
+#else
+constexpr int64_t GROUP = 0, BLOCK = INT64_MAX / 2;
+#endif
+
+struct Strip {
+    int64_t n0;
+    int vectors;
+    Panel* panel;
+    float* between;
+};
+
+// The pieces that come next: at most DEPTH deep. Moves `segment` and `at` behind them.
+inline int take(const Product& p, int& segment, int64_t& at, Piece* pieces, int most) {
+    int count = 0;
+    int64_t depth = 0, used = 0;
+    while (segment < p.count && depth < DEPTH && count < most) {
+        const Segment& s = p.segments[segment];
+        int64_t end = std::min(s.k, at + DEPTH - depth);
+        pieces[count++] = {&s, at, end, used};
+        used += panel_depth(end - at);
+        depth += end - at;
+        at = end;
+        if (at == s.k) {
+            ++segment;
+            at = 0;
+        }
+    }
+    return count;
+}
+
 inline void part(const Product& p, Range rows, Range columns) {
     static thread_local Room<Panel> panels;
     static thread_local Room<bf16> rooms;
     static thread_local Room<float> floats_between;
+    constexpr int MOST = 16;
+    Piece pieces[MOST];
     int64_t deep = 0;
     for (int i = 0; i < p.count; ++i) deep += p.segments[i].k;
-    bool passes = deep > DEPTH;
-    Panel* panel = panels.get((std::min(deep, DEPTH) + 32 * (p.count + 1)) * WIDTH);
+    bool passes = deep > DEPTH || p.count > MOST;
+    int64_t height = rows.end - rows.begin;
+    int64_t size = panel_depth(std::min(deep, DEPTH)) + 16 * (std::min(p.count, MOST) + 1);
+    int64_t most = std::max<int64_t>(1, GROUP / (size * WIDTH));
+    Strip strips[64];
+    most = std::min<int64_t>(most, 64);
+    Panel* panel = panels.get(most * size * WIDTH);
     bf16* room = rooms.get((DEPTH + 32) * WIDTH);
-    float* between = passes ? floats_between.get((rows.end - rows.begin) * WIDTH) : nullptr;
-    Piece pieces[16];
+    float* between = passes ? floats_between.get(most * height * WIDTH) : nullptr;
     for (int64_t n0 = columns.begin; n0 < columns.end;) {
-        int vectors = next_width((columns.end - n0 + W - 1) / W), width = vectors * W;
+        int64_t held = 0;
+        for (; held < most && n0 < columns.end; ++held) {
+            int vectors = next_width((columns.end - n0 + W - 1) / W);
+            float* own = between ? between + held * height * WIDTH : nullptr;
+            strips[held] = {n0, vectors, panel + held * size * WIDTH, own};
+            n0 += vectors * W;
+        }
         int segment = 0;
         int64_t at = 0;
-        bool first = true;
-        while (segment < p.count) {
-            int count = 0;
-            int64_t depth = 0, used = 0;
-            while (segment < p.count && depth < DEPTH && count < 16) {
-                const Segment& s = p.segments[segment];
-                int64_t end = std::min(s.k, at + DEPTH - depth);
-                if (s.across)
-                    pack_across(s, n0, p.N, width, at, end, p.masked == right ? p.keep : nullptr, panel + used * width);
-                else
-                    pack_along(s, n0, p.N, width, at, end, panel + used * width, room);
-                pieces[count++] = {&s, at, end, used};
-                used += panel_depth(end - at);
-                depth += end - at;
-                at = end;
-                if (at == s.k) {
-                    ++segment;
-                    at = 0;
+        for (bool first = true; segment < p.count; first = false) {
+            int count = take(p, segment, at, pieces, MOST);
+            for (int64_t i = 0; i < held; ++i)
+                for (int j = 0; j < count; ++j) pack(p, pieces[j], strips[i].n0, strips[i].vectors * W, strips[i].panel, room);
+            for (int64_t row = rows.begin; row < rows.end; row += BLOCK)
+                for (int64_t i = 0; i < held; ++i) {
+                    const Strip& s = strips[i];
+                    float* own = s.between ? s.between + (row - rows.begin) * s.vectors * W : nullptr;
+                    Range block{row, std::min(rows.end, row + BLOCK)};
+                    strip(p, pieces, count, s.panel, s.n0, s.vectors, block, own, first, segment == p.count);
                 }
-            }
-            strip(p, pieces, count, panel, n0, vectors, rows, between, first, segment == p.count);
-            first = false;
         }
-        n0 += width;
     }
 }
 

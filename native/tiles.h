@@ -18,6 +18,10 @@ INLINE void tile_load(const void* from, int64_t stride) {
         memcpy(emulated_tiles[tile][i], static_cast<const char*>(from) + i * stride, 64);
 }
 template <int tile>
+INLINE void tile_zero() {
+    memset(emulated_tiles[tile], 0, sizeof emulated_tiles[tile]);
+}
+template <int tile>
 INLINE void tile_store(void* to, int64_t stride) {
     for (int i = 0; i < 16; ++i) memcpy(static_cast<char*>(to) + i * stride, emulated_tiles[tile][i], 64);
 }
@@ -44,6 +48,10 @@ struct Tiles {};
 template <int tile>
 INLINE void tile_load(const void* from, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
+}
+template <int tile>
+INLINE void tile_zero() {
+    asm volatile("tilezero %%tmm%c0" ::"i"(tile));
 }
 template <int tile>
 INLINE void tile_store(void* to, int64_t stride) {
