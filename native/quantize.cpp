@@ -250,17 +250,24 @@ void dequantize_4bit_to(const uint8_t* packed, const float* absmax, const float*
 
 // --- 8 bits: the nearest of 256 ------------------------------------------------------------------
 
-constexpr int GROUP = 64;
+INLINE vf pick(const float* table, vi index) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_i32gather_ps((__m512i)index, table, 4);
+#elif defined(__AVX2__)
+    return (vf)_mm256_i32gather_ps(table, (__m256i)index, 4);
+#else
+    vf out;
+    for (int i = 0; i < W; ++i) out[i] = table[index[i]];
+    return out;
+#endif
+}
 
-// The number of `midpoints` (255 and an infinity behind them) below each of `count` values.
-INLINE void search(const float* x, const float* midpoints, uint8_t* out, int64_t count) {
-    int32_t rank[GROUP] = {};
-    float value[GROUP] = {};
-    memcpy(value, x, count * sizeof(float));
+// The number of `midpoints` (255 and an infinity behind them) below each of W values.
+INLINE vi search(vf x, const float* midpoints) {
+    vi rank = vi{};
     for (int step = 128; step; step >>= 1)
-        for (int i = 0; i < GROUP; ++i)
-            rank[i] += value[i] > midpoints[rank[i] + step - 1] ? step : 0;
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<uint8_t>(rank[i]);
+        rank += (x > pick(midpoints, rank + (step - 1))) & step;
+    return rank;
 }
 
 // --- rows of 8-bit integers ----------------------------------------------------------------------
@@ -338,17 +345,19 @@ EXPORT(quantize_8bit)(const float* x, int64_t n, int64_t block, const float* mid
     int64_t full = n / block;
     for_each_thread(team(n, threads), [&](int thread, int of) {
         Range mine = share((n + block - 1) / block, thread, of);
-        float scaled[GROUP];
+        typedef uint8_t vc __attribute__((vector_size(DECAL_W), aligned(1), may_alias));
         for (int64_t b = mine.begin; b < mine.end; ++b) {
-            int64_t begin = b * block, end = b < full ? begin + block : n;
-            float scale = absmax_of(x + begin, end - begin);
+            int64_t i = b * block, end = b < full ? i + block : n;
+            float scale = absmax_of(x + i, end - i);
             float divisor = scale < TINY ? TINY : scale, factor = 1.0f / divisor;
             absmax[b] = b < full ? scale : divisor;
-            for (int64_t i = begin; i < end; i += GROUP) {
-                int64_t count = end - i < GROUP ? end - i : GROUP;
-                for (int64_t k = 0; k < count; ++k)
-                    scaled[k] = b < full ? x[i + k] * factor : x[i + k] / divisor;
-                search(scaled, midpoints, index + i, count);
+            for (; b < full && i + W <= end; i += W) {
+                vi rank = search(load(x + i) * factor, midpoints);
+                *reinterpret_cast<vc*>(index + i) = __builtin_convertvector(rank, vc);
+            }
+            for (; i < end; ++i) {
+                float value = b < full ? x[i] * factor : x[i] / divisor;
+                index[i] = static_cast<uint8_t>(search(splat(value), midpoints)[0]);
             }
         }
     });
