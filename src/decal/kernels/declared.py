@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-_FUNCTION = re.compile(r"^(.*)\bEXPORT\((\w[\w#]*)\)\s*\(([^)]*)\)(.*)$", re.MULTILINE)
+_FUNCTION = re.compile(r"\bEXPORT\(([\w#]+)\)\s*\(([^)]*)\)")
+_MACRO = re.compile(r"^[ \t]*#[ \t]*define\b(?:.*\\\n)*.*$", re.MULTILINE)
 _STRUCT = re.compile(r"^struct\s+(?:alignas\(\w+\)\s+)?(\w+)\s*\{.*?^\};", re.MULTILINE | re.DOTALL)
 
 ANY = "*"
@@ -28,10 +29,12 @@ def describe(folder: Path) -> dict[str, Any]:
     for found in (found for text in texts for found in _STRUCT.finditer(text)):
         structs[found[1]] = structs.get(found[1], "") + found[0]
     declared: dict[str, str] = {}
-    for found in (found for text in texts for found in _FUNCTION.finditer(text)):
-        in_macro = found[1].lstrip().startswith("#") or found[0].endswith("\\")
-        name = ANY if in_macro or "#" in found[2] else found[2]
-        declared[name] = declared.get(name, "") + _with_structs(found[3], structs)
+    for text in texts:
+        macros = _FUNCTION.findall(" ".join(_MACRO.findall(text)))
+        named = [(ANY, parameters) for _, parameters in macros]
+        named += _FUNCTION.findall(_MACRO.sub("", text))
+        for name, parameters in named:
+            declared[name] = declared.get(name, "") + _with_structs(parameters, structs)
     return {
         "sources": _hash("".join(texts)),
         "functions": {name: _hash(text) for name, text in sorted(declared.items())},
