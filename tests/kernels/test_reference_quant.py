@@ -7,7 +7,7 @@ import inspect
 import pytest
 import torch
 
-from decal.kernels import ops
+from decal.kernels import native, ops
 from decal.quant.nf4 import NF4
 
 CODE = NF4.code(torch.device("cpu"))
@@ -123,4 +123,5 @@ def test_every_op_explains_its_backend() -> None:
         if inspect.isfunction(value) and value.__module__ == ops.__name__ and name[0] != "_"
     }
     assert set(ops.explain()) == functions - {"explain"}
-    assert ops.explain()["dropout_keep"].backend == "torch"
+    assert ops.explain()["dropout_keep"].backend == ("native" if native.isa() else "torch")
+    assert ops.explain()["dynamic_map"].backend == "torch"

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from decal.kernels import (
-    native_attention,
-    native_quant,
     native,
+    native_attention,
+    native_dropout,
+    native_elementwise,
+    native_quant,
     reference_attention,
     reference_dropout,
     reference_int8,
@@ -55,17 +57,29 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
         "torch": reference_int8.dequantize_rows,
     },
     "int8_matmul": {"torch": reference_int8.int8_matmul},
-    "dropout_keep": {"torch": reference_dropout.dropout_keep},
+    "dropout_keep": {
+        "native": native_dropout.dropout_keep,
+        "torch": reference_dropout.dropout_keep,
+    },
     "project": {"torch": reference_project.project},
     "project_back": {"torch": reference_project.project_back},
     "into_rank": {"torch": reference_project.into_rank},
     "over_rows": {"torch": reference_project.over_rows},
-    "rms_norm": {"torch": reference_norm.rms_norm},
-    "rms_norm_backward": {"torch": reference_norm.rms_norm_backward},
-    "swiglu": {"torch": reference_swiglu.swiglu},
-    "swiglu_backward": {"torch": reference_swiglu.swiglu_backward},
-    "rotate": {"torch": reference_rope.rotate},
-    "softmax_loss": {"torch": reference_loss.softmax_loss},
+    "rms_norm": {"native": native_elementwise.rms_norm, "torch": reference_norm.rms_norm},
+    "rms_norm_backward": {
+        "native": native_elementwise.rms_norm_backward,
+        "torch": reference_norm.rms_norm_backward,
+    },
+    "swiglu": {"native": native_elementwise.swiglu, "torch": reference_swiglu.swiglu},
+    "swiglu_backward": {
+        "native": native_elementwise.swiglu_backward,
+        "torch": reference_swiglu.swiglu_backward,
+    },
+    "rotate": {"native": native_elementwise.rotate, "torch": reference_rope.rotate},
+    "softmax_loss": {
+        "native": native_elementwise.softmax_loss,
+        "torch": reference_loss.softmax_loss,
+    },
     "attention_flat": {
         "native": native_attention.attention_flat,
         "torch": reference_attention.attention_flat,

@@ -60,12 +60,17 @@ def _chained(words: Tensor, counter: Tensor) -> Tensor:
     return _mix(words * _signed(_GOLDEN) + counter + 1)
 
 
+def call_word(call: tuple[int, ...]) -> int:
+    """The hash of the counters that all rows share, in [0, 2**64)."""
+    word = 0
+    for counter in call:
+        word = _mix_int((word * _GOLDEN + counter + 1) & _WORD)
+    return word
+
+
 def row_words(call: tuple[int, ...], sample_ids: Tensor, positions: Tensor) -> Tensor:
     """int64 [T]: the first stage. Low half: the offset a; high half, made odd: the multiplier m."""
-    scalar = 0
-    for counter in call:
-        scalar = _mix_int((scalar * _GOLDEN + counter + 1) & _WORD)
-    start = sample_ids.new_full((), _signed(scalar))
+    start = sample_ids.new_full((), _signed(call_word(call)))
     return _chained(_chained(start, sample_ids), positions)
 
 

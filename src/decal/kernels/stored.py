@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from decal.kernels import reference_dropout
+from decal.kernels import native_dropout, reference_dropout
 
 NESTED_BLOCK_SIZE = 256
 """Quantized scales that share one scale of their own."""
@@ -93,7 +93,10 @@ def keep_words(
 ) -> Keep:
     """The first stage of `dropout_keep` with the same arguments; its mask has the same bits."""
     call = (seed, adapter, input, epoch)
-    offset, factor = reference_dropout.row_halves(call, sample_ids, positions)
+    halves = native_dropout.row_halves(call, sample_ids, positions)
+    if halves is NotImplemented:
+        halves = reference_dropout.row_halves(call, sample_ids, positions)
+    offset, factor = halves
     column = reference_dropout.column_words(features, offset.device)
     return Keep(offset, factor, column, reference_dropout.threshold(p))
 
