@@ -19,7 +19,7 @@ states, a part of them), no comparison of logits tells that from rounding in bfl
 moves logits of 3 by less. Rejected as well: names of settings that scale or cap; each family has
 its own.
 
-Knows no objectives and no adapters but this: a head with an adapter is not plain.
+Knows no objectives.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from decal.adapters.layer import watched
+from decal.adapters.views import LinearView
 from decal.data.batch import Batch
 from decal.kernels.stored import Stored
 from decal.model import attention
-from decal.quant import quant_format
 from decal.quant.linear import QuantLinear
 
 _LARGE = 1e4
@@ -62,8 +63,7 @@ def plain_head(model: PreTrainedModel) -> PlainHead | None:
     head: Any = model.get_output_embeddings()
     if not _projects(head) or not _returned(model, head):
         return None
-    bias = None if head.bias is None else head.bias.detach()
-    return PlainHead(head, _weight(head), bias)
+    return PlainHead(head, _stored(head), head.bias)
 
 
 def forward(model: PreTrainedModel, head: PlainHead, batch: Batch, keep: Tensor) -> Tensor:
@@ -82,16 +82,14 @@ def _projects(head: Any) -> bool:
     """Whether calling the layer is nothing but a product with a frozen weight, always the same."""
     if type(head) is not nn.Linear and type(head) is not QuantLinear:
         return False
-    if _weight(head).format == "rows8":
-        return False  # LLM.int8 quantizes activations as well where nothing is trained
-    watched = head._forward_hooks or head._forward_pre_hooks or "forward" in head.__dict__
-    return not watched and not any(p.requires_grad for p in head.parameters())
+    if watched(head) or any(p.requires_grad for p in head.parameters()):
+        return False
+    # LLM.int8 quantizes activations as well where nothing is trained.
+    return _stored(head).format != "rows8"
 
 
-def _weight(head: nn.Linear | QuantLinear) -> Stored:
-    if isinstance(head, QuantLinear):
-        return quant_format(head.recipe.format).stored(head.packed)
-    return Stored("dense", (head.out_features, head.in_features), head.weight.detach())
+def _stored(head: nn.Linear | QuantLinear) -> Stored:
+    return head.stored() if isinstance(head, QuantLinear) else LinearView(head).stored()
 
 
 @torch.no_grad()
