@@ -69,7 +69,8 @@ class AdaptedLayer(BaseProxy):
         routing = current_routing() or self.state.routing
         if self.acting(routing):
             exact = self.base_layer.training or (torch.is_grad_enabled() and x.requires_grad)
-            group = group_of([self], routing, x, exact=exact)
+            rows = x.numel() // max(1, x.shape[-1])
+            group = group_of([self], routing, rows, x, exact=exact)
             if group is not None:
                 return lines.apply(group, x)
         y: Tensor = self.base_layer(x)
@@ -108,24 +109,25 @@ class AdaptedLayer(BaseProxy):
 
 
 def group_of(
-    layers: Sequence[AdaptedLayer], routing: Routing, x: Tensor, *, exact: bool
+    layers: Sequence[AdaptedLayer], routing: Routing, rows: int, like: Tensor, *, exact: bool
 ) -> Group | None:
-    """Layers that share the input x [.., in] as one product, or None where they are not that.
+    """Layers that share an input of so many rows as one product, or None where they are not that.
 
     They are if each is a frozen linear layer, in a layout that the products know, with at most one
     adapter that acts, a plain low-rank one; and if nobody looks into them.
 
     Args:
+        like: has the input's dtype and device.
         exact: products with the weight itself are wanted, also where the format has a quicker way
             for inference.
     """
-    if routing.segments or x.device.type == "meta" or torch.is_autocast_enabled(x.device.type):
+    device = like.device
+    if routing.segments or device.type == "meta" or torch.is_autocast_enabled(device.type):
         return None
     found: list[Line] = []
     drops: list[Dropout | Drawn | None] = []
-    rows = x.numel() // max(1, x.shape[-1])
     for layer in layers:
-        line = _frozen_line(layer, x, exact)
+        line = _frozen_line(layer, like, exact)
         acting = layer.acting(routing)
         if line is None or len(acting) > 1:
             return None
@@ -141,24 +143,26 @@ def group_of(
             scale = lora.scale * factor / (1.0 - (drops[0].p if drops[0] else 0.0))
             line = line._replace(A=lora.A, B=lora.B, scale=scale)
         found.append(line)
-    keep = drops[0].words(rows, x.shape[-1], x.device) if drops and drops[0] else None
+    keep = None
+    if drops and drops[0] is not None:
+        keep = drops[0].words(rows, layers[0].base.shape[1], device)
     return Group(tuple(found), keep)
 
 
-def _frozen_line(layer: AdaptedLayer, x: Tensor, exact: bool) -> Line | None:
+def _frozen_line(layer: AdaptedLayer, like: Tensor, exact: bool) -> Line | None:
     """The layer without its adapters, or None where it is not frozen, plain and at hand."""
     get = getattr(layer.base, "stored", None)
     if get is None or watched(layer) or watched(layer.base_layer):
         return None
     weight, bias = get(), layer.base.bias
     data = weight.data
-    if data.requires_grad or data.device != x.device or type(data) not in _PLAIN:
+    if data.requires_grad or data.device != like.device or type(data) not in _PLAIN:
         return None
-    if weight.format == "dense" and data.dtype != x.dtype:
+    if weight.format == "dense" and data.dtype != like.dtype:
         return None
     if weight.format == "rows8" and not exact:
         return None
-    if bias is not None and (bias.requires_grad or bias.dtype != x.dtype):
+    if bias is not None and (bias.requires_grad or bias.dtype != like.dtype):
         return None
     return Line(weight, bias)
 

@@ -12,8 +12,8 @@ size of x or y is scaled. Backward, with g_i = dL/dy_i:
 
 What a pass needs to keep beside x are z [T, R] and two words per row for the mask.
 
-`forward` and `backward` are plain functions for the inside of autograd functions; `apply` is the
-one for a single layer. What a line is made of is decided when forward begins; backward looks at
+`forward` and `Backward` are for the inside of autograd functions; `apply` is the one for a single
+layer. What a line is made of is decided when forward begins; backward looks at
 nothing else. Knows no models and no formats: a weight arrives as `Stored`.
 """
 
@@ -72,56 +72,79 @@ def forward(
     return ys, z
 
 
-def backward(
-    group: Group,
-    grads: Sequence[Tensor | None],
-    x: Tensor,
-    z: Tensor | None,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradients of x and of `group.factors`.
+class Backward:
+    """The gradients of a group's inputs, in steps that the caller may put in its own order.
 
     Args:
         group: as forward had it.
         grads: of every line's y, [T, N]; None where y was not used.
-        x: [T, K], as forward had it.
         z: as forward returned it.
-        needs: whether x's gradient is wanted, then that of each factor.
+        needs: whether x's gradient is wanted, then that of each of `group.factors`.
     """
-    need_x, *need = needs
-    whole = z is not None and (need_x or any(need[::2]))
-    dz = torch.empty_like(z) if whole else None
-    found: list[Tensor | None] = [None] * len(need)
-    parts: list[tuple[Tensor, Stored]] = []
-    at = 0
-    for (line, columns), grad in zip(_placed(group), grads, strict=True):
-        if grad is not None:
-            grad = grad.contiguous()
-            parts.append((grad, line.weight))
-        if z is None or line.B is None:
-            continue
-        if grad is None:
-            if dz is not None:
-                dz[:, columns] = 0.0
-        else:
-            if dz is not None:
-                dz[:, columns] = ops.into_rank(grad, _scaled(line, x.dtype).t().contiguous())
-            if need[at + 1]:
-                found[at + 1] = ops.over_rows(grad, z[:, columns]).mul_(line.scale)
-        at += 2
-    if dz is not None and any(need[::2]):
-        found[::2] = ops.over_rows(dz, x, group.keep).split(
-            [f.shape[0] for f in group.factors[::2]]
-        )
-    dx = None
-    if need_x and parts:
-        A = _stacked(group, x.dtype)
-        low = None if dz is None or A is None else (dz, A)
-        dx = ops.project_back(parts, low, group.keep)
-    return dx, [
-        None if grad is None or not wanted else grad.to(factor.dtype)
-        for grad, factor, wanted in zip(found, group.factors, need, strict=True)
-    ]
+
+    def __init__(
+        self,
+        group: Group,
+        grads: Sequence[Tensor | None],
+        z: Tensor | None,
+        needs: Sequence[bool],
+    ):
+        self.group = group
+        self.grads = [None if grad is None else grad.contiguous() for grad in grads]
+        self.need_x, *self.need = needs
+        self.dz = None
+        if z is not None and (self.need_x or any(self.need[::2])):
+            self.dz = self._into_rank(z)
+        self.dB = self._b_gradients(z)
+
+    def dx(self) -> Tensor | None:
+        """[T, K], or None where it is not wanted or nothing came back."""
+        pairs = zip(self.grads, self.group.lines, strict=True)
+        parts = [(grad, line.weight) for grad, line in pairs if grad is not None]
+        if not self.need_x or not parts:
+            return None
+        low = None
+        if self.dz is not None:
+            A = _stacked(self.group, self.dz.dtype)
+            assert A is not None
+            low = (self.dz, A)
+        return ops.project_back(parts, low, self.group.keep)
+
+    def factors(self, x: Tensor) -> list[Tensor | None]:
+        """The gradients of `group.factors`, for the x [T, K] that forward had."""
+        masters = self.group.factors
+        found: list[Tensor | None] = [None] * len(masters)
+        found[1::2] = self.dB
+        if self.dz is not None and any(self.need[::2]):
+            dA = ops.over_rows(self.dz, x, self.group.keep)
+            found[::2] = dA.split([A.shape[0] for A in masters[::2]])
+        return [
+            None if grad is None or not wanted else grad.to(master.dtype)
+            for grad, master, wanted in zip(found, masters, self.need, strict=True)
+        ]
+
+    def _into_rank(self, z: Tensor) -> Tensor:
+        dz = torch.empty_like(z)
+        for (line, columns), grad in zip(_placed(self.group), self.grads, strict=True):
+            if line.B is not None:
+                part = dz[:, columns]
+                if grad is None:
+                    part.zero_()
+                else:
+                    part.copy_(ops.into_rank(grad, _scaled(line, z.dtype).t().contiguous()))
+        return dz
+
+    def _b_gradients(self, z: Tensor | None) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for (line, columns), grad in zip(_placed(self.group), self.grads, strict=True):
+            if z is None or line.B is None:
+                continue
+            wanted = grad is not None and self.need[2 * len(found) + 1]
+            dB = None
+            if grad is not None and wanted:
+                dB = ops.over_rows(grad, z[:, columns]).mul_(line.scale)
+            found.append(dB)
+        return found
 
 
 def _placed(group: Group) -> list[tuple[Line, slice]]:
@@ -164,8 +187,9 @@ class _One(torch.autograd.Function):
         check_frozen(ctx)
         rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
-        dx, found = backward(ctx.group, [grads], rows, z, needs)
-        return dx if dx is None else dx.view(x.shape), None, *found
+        back = Backward(ctx.group, [grads], z, needs)
+        dx = back.dx()
+        return dx if dx is None else dx.view(x.shape), None, *back.factors(rows)
 
 
 def apply(group: Group, x: Tensor) -> Tensor:

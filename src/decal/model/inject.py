@@ -8,7 +8,8 @@ when the last adapter leaves.
 
 Nothing is taken on trust. attach ends by walking the model again: every module that was asked for
 has the adapter, no other has, and the parameters are the number in the table. Then the model runs
-on a few tokens, to see that it really computes with the adapter (`probe.py`). Loading is a
+on a few tokens, to see that it really computes with the adapter (`probe.py`), and decoder layers of
+known families get their fused forward, after a proof of their own (`blocks/swap.py`). Loading is a
 bijection between the adapter's tensors and the model's slots (`fit.py`); whatever is left over on
 either side is an error.
 
@@ -35,6 +36,7 @@ from decal.adapters import (
 )
 from decal.config import LoraConfig
 from decal.errors import AdapterError
+from decal.model.blocks.swap import fuse, release
 from decal.model.fit import AdapterLike, check_fit
 from decal.model.probe import probe
 from decal.model.saving import forget_peft_keys, save_adapters, take_peft_keys
@@ -128,6 +130,7 @@ def attach(
         activate(model, Routing(((name, 1.0),)))
         _check_attached(model, name, slots)
         notes = probe(model, name, new=trained is None)
+        attached.fused = fuse(model, attached.state, name)
     except BaseException:  # out of memory half way, say: the model must not stay half adapted
         attached.state.routing = before
         detach(model, name)
@@ -147,6 +150,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     """
     attached = require(model)
     leaving = list(attached.configs) if name is None else [known(attached, name)]
+    release(model)
     for gone in leaving:
         del attached.configs[gone]
         attached.metadata.pop(gone, None)
@@ -159,6 +163,7 @@ def detach(model: nn.Module, name: str | None = None) -> None:
     if attached.configs:
         kept = tuple(w for w in attached.state.routing.weights if w[0] in attached.configs)
         activate(model, Routing(kept or ((list(attached.configs)[-1], 1.0),)))
+        attached.fused = fuse(model, attached.state, list(attached.configs)[-1])
         return
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(attached.requires_grad.get(key, parameter.requires_grad))

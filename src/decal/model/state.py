@@ -42,6 +42,8 @@ class Attached:
     """By name: the facts that came with a trained adapter."""
     hooks: list[Any] = field(default_factory=list)
     """Handles of the hooks that attach put on the model."""
+    fused: dict[str, str] = field(default_factory=dict)
+    """Decoder layer of a known family -> why it does not run fused; empty text where it does."""
     loaded: bool = False
     """Whether the `load_state_dict` that is running has loaded an adapter."""
 

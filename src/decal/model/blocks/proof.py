@@ -1,0 +1,187 @@
+"""Proof by trial that the fused steps compute what a decoder layer computes.
+
+Six random tokens in two samples run through the layer's own forward and through the steps, with
+dropout and random factors in the place of the adapter's, whose B starts at zero. Compared are what
+the layer adds to its input, what backward adds to the incoming gradient, and the gradients of all
+factors: relative to their norms, so that a forgotten bias shows however large the residual is.
+
+Two ways to round are no difference. Where large biases make attention scores of hundreds, bf16
+itself is off by more than any fixed bound; then both are held against the layer in float32, and
+the steps must not be further off than the layer's own forward.
+
+Knows one layer at a time and no model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from decal.adapters import DropoutKey, Lora, Routing, routed
+from decal.adapters.init import uniform_by_fan_in
+from decal.model.blocks.llama import Block, run
+
+_LENGTHS = (2, 4)
+_ROOM = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Relative differences that are rounding, by the dtype that the layer computes in; transformers'
+norms are float32 also in a float64 model."""
+_WORSE = 1.5
+"""By how much the steps may be further off than the layer, both against float32."""
+
+Results = dict[str, Tensor]
+
+
+def prove(layer: Any, block: Block, name: str) -> str:
+    """Why the fused steps must not stand in for the layer, or nothing.
+
+    Args:
+        layer: a decoder layer, inside `flat_attention`.
+        block: the same layer, taken apart.
+        name: the adapter to try it with.
+    """
+    weight = block.norms[0].weight
+    if weight.device.type != "cpu":
+        return f"it is on {weight.device.type}"
+    if weight.dtype not in _ROOM:
+        return f"it computes in {weight.dtype}"
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.cat([torch.arange(n) for n in _LENGTHS])
+    key = DropoutKey(0, 0, torch.arange(sum(_LENGTHS)), positions)
+    routing = Routing(((name, 1.0),), key)
+    shape = (1, sum(_LENGTHS), weight.numel())
+    # Small, so that adding the residual rounds little of what is added to it.
+    given = [torch.randn(shape, generator=generator).mul_(1 / 16).to(weight.dtype) for _ in "xg"]
+    kwargs = _kwargs(block, weight.dtype, generator)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(routed(routing))
+        stack.enter_context(_training(layer))
+        factors = stack.enter_context(_random_factors(block, name, generator))
+        plan = block.plan(routing, given[0][0], kwargs)
+        if plan is None:
+            return "its projections or adapters are not plain"
+        wanted = _results(lambda x: type(layer).forward(layer, x, **kwargs), given, factors)
+        found = _results(lambda x: run(plan, x), given, factors)
+        worst, apart = _apart(found, wanted)
+        if apart <= _ROOM[weight.dtype]:
+            return ""
+        if weight.dtype != torch.bfloat16:
+            return f"fused steps differ in {worst} by {apart:.1e}"
+        exact = _in_float32(layer, block, name, given, kwargs)
+        for part, value in exact.items():
+            limit = _WORSE * _distance(wanted[part], value) + _ROOM[torch.float32]
+            off = _distance(found[part], value)
+            if off > limit:
+                return f"fused steps are off in {part} by {off:.1e}, the layer by less"
+    return ""
+
+
+def _kwargs(block: Block, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    """What transformers hands to a decoder layer, with angles of a kind that no model has."""
+    total = sum(_LENGTHS)
+    angles = torch.randn(1, total, block.attention.head_dim // 2, generator=generator)
+    angles = torch.cat([angles, angles], -1)
+    ends = torch.tensor((0, *_LENGTHS)).cumsum(0).to(torch.int32)
+    return {
+        "attention_mask": None,
+        "position_embeddings": (angles.cos().to(dtype), angles.sin().to(dtype)),
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(_LENGTHS),
+        "max_length_k": max(_LENGTHS),
+    }
+
+
+def _results(
+    way: Callable[[Tensor], Tensor], given: list[Tensor], factors: dict[str, Tensor]
+) -> Results:
+    """What a layer adds to its input, and backward to its gradient; the factors' gradients."""
+    x, grad = given
+    x = x.detach().requires_grad_()
+    y = way(x)
+    dx, *own = torch.autograd.grad(y, [x, *factors.values()], grad, allow_unused=True)
+    found = {"the output": (y - x).detach(), "the input's gradient": dx - grad}
+    pairs = zip(factors, own, strict=True)
+    return found | {f"{key}'s gradient": g for key, g in pairs if g is not None}
+
+
+def _apart(found: Results, wanted: Results) -> tuple[str, float]:
+    """The part that differs most, and by how much relative to its norm."""
+    if found.keys() != wanted.keys():
+        return "what has a gradient", float("inf")
+    return max(
+        ((part, _distance(found[part], wanted[part])) for part in wanted), key=lambda pair: pair[1]
+    )
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    error = float((found.double() - wanted.double()).norm())
+    size = float(wanted.double().norm())
+    far = error / size if size else error
+    return far if far == far else float("inf")  # NaN is no agreement
+
+
+def _in_float32(
+    layer: Any, block: Block, name: str, given: list[Tensor], kwargs: dict[str, Any]
+) -> Results:
+    """The layer's own forward in float32, on a copy."""
+    wide = copy.deepcopy(layer).float()
+    modules = dict(wide.named_modules())
+    paths = {id(module): path for path, module in layer.named_modules()}
+    factors: dict[str, Tensor] = {}
+    for key, adapted in block.layers.items():
+        if name in adapted.adapters:
+            lora = modules[paths[id(adapted)]].adapters[name]
+            factors |= {f"{key} lora_A": lora.A, f"{key} lora_B": lora.B}
+    cos, sin = kwargs["position_embeddings"]
+    kwargs = {**kwargs, "position_embeddings": (cos.float(), sin.float())}
+    given = [t.float() for t in given]
+    return _results(lambda x: type(wide).forward(wide, x, **kwargs), given, factors)
+
+
+@contextmanager
+def _random_factors(
+    block: Block, name: str, generator: torch.Generator
+) -> Iterator[dict[str, Tensor]]:
+    """Inside the block the adapter's factors are random ones that make a visible difference."""
+    before: list[tuple[Lora, dict[str, nn.Parameter | None]]] = []
+    factors: dict[str, Tensor] = {}
+    for key, layer in block.layers.items():
+        if name not in layer.adapters:
+            continue
+        lora: Lora = layer.adapters[name]  # type: ignore[assignment]
+        r, columns = lora.A.shape
+        A = uniform_by_fan_in((r, columns), generator).to(lora.A.dtype)
+        B = torch.randn(lora.B.shape, generator=generator).to(lora.B.dtype)
+        B *= 0.5 / (r**0.5 * max(abs(lora.scale), 1e-6))
+        before.append((lora, dict(lora._parameters)))
+        lora._parameters |= {"A": nn.Parameter(A), "B": nn.Parameter(B)}
+        factors |= {f"{key} lora_A": lora.A, f"{key} lora_B": lora.B}
+    try:
+        yield factors
+    finally:
+        for lora, parameters in before:
+            lora._parameters |= parameters
+
+
+@contextmanager
+def _training(layer: Any) -> Iterator[None]:
+    """Inside the block the layer trains, without checkpointing."""
+    before = {module: module.training for module in layer.modules()}
+    own = layer.__dict__.get("gradient_checkpointing")
+    layer.train()
+    layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module, training in before.items():
+            module.training = training
+        del layer.gradient_checkpointing
+        if own is not None:
+            layer.gradient_checkpointing = own
