@@ -36,5 +36,5 @@ def test_scores_are_those_of_scikit_learn() -> None:
 def test_registry() -> None:
     """Fails when an objective lacks a name of the protocol."""
     assert set(OBJECTIVES) == {"sft", "classify"}
-    names = ("POOLS", "trained_positions", "targets", "loss")
+    names = ("POOLS", "trained_positions", "targets", "loss", "projected_loss")
     assert all(hasattr(o, name) for o in OBJECTIVES.values() for name in names)

@@ -12,6 +12,8 @@ from decal.data.batch import IGNORE
 from decal.data.pack import flat_batch, padded_batch
 from decal.data.sample import Sample
 from decal.errors import DataError
+from decal.kernels import ops
+from decal.kernels.stored import Stored
 from decal.objectives import sft
 
 N, H, V = 7, 5, 13
@@ -129,6 +131,110 @@ def test_another_user_of_the_logits_gets_an_error_not_a_wrong_gradient() -> None
         sft.loss(torch.tanh(hidden @ head), targets).backward()
 
 
+def stored(head: Tensor) -> Stored:
+    """W [V, H] of a head [H, V]."""
+    return Stored("dense", (head.shape[1], head.shape[0]), head.t())
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, N])
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+def test_projected_is_cross_entropy_in_float64(
+    tokens: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three tokens to a chunk: one token, a whole chunk, one token more, a last chunk of one.
+    Mutations: leave out the upstream factor, the bias or the last chunk; give targets of the first
+    chunk to all; average."""
+    monkeypatch.setattr(sft, "CHUNK_BYTES", 3 * V * 8)
+    hidden, head, targets = operands(torch.float64)
+    hidden, targets = hidden.detach()[:tokens].requires_grad_(), targets[:tokens].clone()
+    targets[tokens // 2] = targets[0] if tokens == 1 else IGNORE
+    bias = torch.randn(V, dtype=torch.float64) if biased else None
+    exact = hidden.detach().clone().requires_grad_()
+    logits = exact @ head + (0 if bias is None else bias)
+    expected = cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
+    (expected * 0.3).backward()
+
+    total = sft.projected_loss(hidden, stored(head), bias, targets)
+    (total * 0.3).backward()
+    torch.testing.assert_close(total.detach(), expected.detach(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(hidden.grad, exact.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_of_projected_losses_add_up() -> None:
+    """Two losses of one pass and two backwards of one loss. Mutation: scale what forward kept in
+    place, so that the second backward is scaled twice."""
+    hidden, head, targets = operands(torch.float64)
+    _, gradient = reference(hidden, head, targets, 1.0)
+    total = sft.projected_loss(hidden, stored(head), None, targets)
+    (0.5 * total).backward(retain_graph=True)
+    (2.0 * total).backward()
+    torch.testing.assert_close(hidden.grad, 2.5 * gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_projected_low_precision(dtype: torch.dtype) -> None:
+    """The loss is the fp32 sum for the rounded logits; the gradient lies within three roundings
+    (of logits' gradient, of the product, of the scaled product) of the exact one, by its norm.
+    Mutations: sum in the dtype of the logits; project in fp32; round the onehot away."""
+    hidden, head, targets = operands(dtype)
+    logits = ops.project(hidden.detach(), stored(head)).double()
+    expected = cross_entropy(logits, targets, reduction="sum")
+    exact = torch.softmax(logits, 1) - torch.nn.functional.one_hot(targets, V)
+    gradient = 0.3 * exact @ head.double().t()
+    total = sft.projected_loss(hidden, stored(head), None, targets)
+    (total * 0.3).backward()
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == dtype
+    error = (hidden.grad.double() - gradient).norm() / gradient.norm()
+    assert float(error) < 3 * torch.finfo(dtype).eps / 2
+
+
+class Watched:
+    """The ops as they are, and how often each was called on how many tokens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.rows: dict[str, list[int]] = {"project": [], "project_back": []}
+        project, project_back = ops.project, ops.project_back
+
+        def forth(x: Tensor, *args: Tensor) -> Tensor:
+            self.rows["project"].append(len(x))
+            return project(x, *args)
+
+        def back(parts: list[tuple[Tensor, Stored]]) -> Tensor:
+            self.rows["project_back"].append(len(parts[0][0]))
+            return project_back(parts)
+
+        monkeypatch.setattr(ops, "project", forth)
+        monkeypatch.setattr(ops, "project_back", back)
+
+
+def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under no_grad, and where nothing before the head is trained. Mutation: ask `requires_grad`
+    alone, or nothing."""
+    hidden, head, targets = operands(torch.float64)
+    expected, _ = reference(hidden, head, targets, 1.0)
+    watched = Watched(monkeypatch)
+    with torch.no_grad():
+        first = sft.projected_loss(hidden, stored(head), None, targets)
+    second = sft.projected_loss(hidden.detach(), stored(head), None, targets)
+    assert not first.requires_grad
+    assert not second.requires_grad
+    assert watched.rows == {"project": [N, N], "project_back": []}
+    for total in (first, second):
+        torch.testing.assert_close(total, expected, rtol=1e-9, atol=0)
+
+
+def test_logits_exist_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutations: project all tokens at once; count words and not bytes."""
+    monkeypatch.setattr(sft, "CHUNK_BYTES", 3 * V * 2 + 1)
+    hidden, head, targets = operands(torch.bfloat16)
+    watched = Watched(monkeypatch)
+    sft.projected_loss(hidden, stored(head), None, targets).backward()
+    assert watched.rows == {"project": [3, 3, 1], "project_back": [3, 3, 1]}
+
+
 def test_no_copy_of_all_logits_lives_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """With bf16 logits of three chunks, no fp32 tensor made in forward or backward is larger than a
     chunk. Mutation: `logits.float()` before the loop."""
@@ -182,3 +288,6 @@ def test_nothing_trained_is_an_error() -> None:
         sft.trained_positions(flat_batch([row]))
     with pytest.raises(DataError, match="no token is trained"):
         sft.loss(torch.empty(0, V), torch.empty(0, dtype=torch.int64))
+    head, nothing = stored(torch.empty(H, V)), torch.empty(0, dtype=torch.int64)
+    with pytest.raises(DataError, match="no token is trained"):
+        sft.projected_loss(torch.empty(0, H), head, None, nothing)
