@@ -68,7 +68,16 @@ INLINE bf16 to_bf16(float x) {
     return static_cast<bf16>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-INLINE vf widen(vh x) { return (vf)(__builtin_convertvector(x, vu) << 16); }
+// (GCC 12 cuts the conversion of a whole vector into halves, hence the intrinsics.)
+INLINE vf widen(vh x) {
+#if defined(__AVX512F__)
+    return (vf)((vu)_mm512_cvtepu16_epi32((__m256i)x) << 16);
+#elif defined(__AVX2__)
+    return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)x) << 16);
+#else
+    return (vf)(__builtin_convertvector(x, vu) << 16);
+#endif
+}
 
 INLINE vh narrow(vf x) {
 #if defined(DOT_BF16)
@@ -100,9 +109,13 @@ INLINE void store_part(T* p, vf x, int64_t n) {
 }
 
 INLINE float sum(vf x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#else
     float out = 0;
     for (int i = 0; i < W; ++i) out += x[i];
     return out;
+#endif
 }
 INLINE float largest(vf x) {
     float out = x[0];
