@@ -8,21 +8,36 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 TESTS ?= tests
-SOURCES := src tests $(wildcard bench examples)
+SOURCES := src tests setup.py native $(wildcard bench examples)
+SANITIZED := build/sanitized
+SANITIZED_ISAS ?= portable,avx2,avx512bf16
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test check format docs soak constraints clean
+.PHONY: help quickstart install native test check sanitize format docs soak constraints clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 quickstart: $(STAMPS)/run  ## install and see it work, without downloads of models
+	@$(BIN)/python native/build.py > /dev/null || echo 'warning: going on without new kernels' >&2
 	$(BIN)/decal quickstart --force
 
-install: $(STAMPS)/dev  ## everything for working on decal, into .venv
+install: $(STAMPS)/dev $(STAMPS)/native  ## everything for working on decal, into .venv
 
-test: $(STAMPS)/dev  ## all tests that need neither a GPU nor a network
+native: $(STAMPS)/venv  ## compile the kernels anew where native/ changed
+	$(BIN)/python native/build.py
+
+test: $(STAMPS)/dev $(STAMPS)/native  ## all tests that need neither a GPU nor a network
 	$(BIN)/python -m pytest -m 'not gpu and not slow' -n auto --maxprocesses 4 --dist loadfile $(TESTS)
+
+sanitize: $(STAMPS)/dev  ## the tests of the kernels with AddressSanitizer and UBSan (gcc)
+	$(BIN)/python native/build.py --sanitize $(SANITIZED) --isas $(SANITIZED_ISAS)
+	for threads in 1 2; do \
+	  env DECAL_NATIVE=$(SANITIZED)/_native.so DECAL_TEST_THREADS=$$threads \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    LD_PRELOAD="$$($(BIN)/python native/build.py --preload)" \
+	    $(BIN)/python -m pytest -m 'not gpu and not slow' tests/kernels || exit 1; \
+	done
 
 check: $(STAMPS)/dev  ## format, lint, types, architecture, docs
 	$(BIN)/ruff format --check $(SOURCES)
@@ -37,7 +52,7 @@ format: $(STAMPS)/dev  ## rewrite the sources in the project's format
 docs: $(STAMPS)/dev  ## write docs/run.yaml from the settings
 	$(BIN)/decal init - > docs/run.yaml.new && mv docs/run.yaml.new docs/run.yaml
 
-soak: $(STAMPS)/dev  ## the slow tests too
+soak: $(STAMPS)/dev $(STAMPS)/native  ## the slow tests too
 	$(BIN)/python -m pytest -m 'not gpu' tests
 
 constraints: $(STAMPS)/dev  ## pin what .venv holds now in constraints.txt
@@ -49,9 +64,11 @@ constraints: $(STAMPS)/dev  ## pin what .venv holds now in constraints.txt
 
 clean:  ## remove .venv, caches and what quickstart left
 	rm -rf $(VENV) build dist quickstart .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f src/decal/kernels/_native.so
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Installed once: a stamp is older than constraints.txt or pyproject.toml only when they changed.
+# Installed once: a stamp is older than constraints.txt, pyproject.toml or setup.py only when they
+# changed. Installing compiles the kernels, and `native` finds its objects already made.
 $(STAMPS)/venv:
 	@test -n '$(PYTHON)' || { \
 	  echo 'error: decal needs Python 3.11 or newer, and none was found' >&2; \
@@ -62,10 +79,14 @@ $(STAMPS)/venv:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	mkdir -p $(STAMPS) && touch $@
 
-$(STAMPS)/run: $(STAMPS)/venv constraints.txt pyproject.toml
+$(STAMPS)/run: $(STAMPS)/venv constraints.txt pyproject.toml setup.py
 	$(PIP) install --quiet -c constraints.txt -e .
 	touch $@
 
-$(STAMPS)/dev: $(STAMPS)/venv constraints.txt pyproject.toml
+$(STAMPS)/dev: $(STAMPS)/venv constraints.txt pyproject.toml setup.py
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	touch $(STAMPS)/run $@
+
+$(STAMPS)/native: $(STAMPS)/venv $(wildcard native/*)
+	$(BIN)/python native/build.py
+	touch $@

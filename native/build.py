@@ -33,7 +33,8 @@ DECLARED = LIBRARY.with_name("declared.py")
 
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-exceptions"]
 COMMON += ["-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes"]
-COMMON += ["-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+COMMON += ["-Wno-maybe-uninitialized"]
+CLANG = ["-Wno-unknown-warning-option"]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1"]
 
 EMULATED = ["-DEMULATED_TILES"]
@@ -65,7 +66,9 @@ def compiler() -> list[str] | None:
 
 
 def known(found: list[str], isa: str) -> bool:
-    """Whether the compiler takes the flags of an instruction set."""
+    """Whether the compiler takes the flags of an instruction set, and it is one of this machine."""
+    if isa not in ISAS:
+        return False
     command = [*found, *ISAS[isa], "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True).returncode == 0
 
@@ -114,6 +117,8 @@ def build(
         return None
     flags = [*COMMON, *(SANITIZED if sanitize else []), *(EMULATED if emulate else [])]
     version = subprocess.run([*found, "--version"], capture_output=True, text=True).stdout
+    if "clang" in version:
+        flags = [*flags, *CLANG]
     headers = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.h")))
     OBJECTS.mkdir(parents=True, exist_ok=True)
 

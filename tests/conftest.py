@@ -1,4 +1,4 @@
-"""Shared by all tests: few threads, no network, decal's own warnings are errors."""
+"""Shared by all tests: few threads (DECAL_TEST_THREADS), no network, own warnings are errors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def _few_threads() -> None:
+    torch.set_num_threads(int(os.environ.get("DECAL_TEST_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True)
