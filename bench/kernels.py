@@ -72,20 +72,21 @@ def measured(row: Row, rounds: int, peak: Peak, memory: dict[str, float]) -> dic
     for _ in range(rounds):
         spent.append((seconds(row.ours, times[0]), seconds(row.theirs, times[1])))
         rates.append(peak.rate())
-    ours, theirs = (statistics.median(column) for column in zip(*spent, strict=True))
-    computing = row.flops / statistics.median(rates)
+    ours, theirs = zip(*spent, strict=True)
     moving = row.read / memory["read"] + row.written / memory["write"]
-    limit = max(computing, moving)
+    limits = [max(row.flops / rate, moving) for rate in rates]
+    limit = statistics.median(limits)
     return {
         "kernel": row.kernel,
         "shape": row.shape,
-        "decal_ms": 1e3 * ours,
+        "decal_ms": 1e3 * statistics.median(ours),
         "peer": row.peer,
-        "peer_ms": 1e3 * theirs,
+        "peer_ms": 1e3 * statistics.median(theirs),
         "ratio": statistics.median(b / a for a, b in spent),
         "limit_ms": 1e3 * limit,
-        "limit_by": "peak" if computing >= moving else "memory",
-        "share": limit / ours,
+        "limit_by": "peak" if limit > moving else "memory",
+        "share": statistics.median(a / b for a, b in zip(limits, ours, strict=True)),
+        "rate": statistics.median(rates),
     }
 
 
@@ -101,7 +102,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         "shape": given.shape,
         "threads": given.threads,
         "isa": native.isa() or "none",
-        "peak": peak.rate(),
+        "peak": statistics.median(row["rate"] for row in rows),
         "peak_measured_by": peak.what,
         **memory,
         "rows": rows,
