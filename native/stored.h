@@ -7,13 +7,16 @@
 //             offset (double quantization).
 //     rows8   int8 and one float a row: value = code * scale / 127
 #pragma once
+#include "codes.h"
 #include "vec.h"
 
 namespace NAMESPACE {
 
+constexpr float PER_STEP = 7.874015718698502e-3f;  // 1 / 127
+
 enum Format : int32_t { dense = 0, code4 = 1, rows8 = 2 };
 
-// kernels/native_project.py has the same fields in the same order.
+// kernels/native_stored.py has the same fields in the same order.
 struct Stored {
     int32_t format;
     int32_t block_size;
@@ -36,31 +39,20 @@ struct Stored {
 
 // Values `begin` to `end` (exclusive) of the flattened code4 weight, inside one block.
 INLINE void block_values(const Stored& w, float scale, int64_t begin, int64_t end, bf16* out) {
-    alignas(64) bf16 table[32];
-    for (int i = 0; i < 16; i += W) {
-        store(table + i, load(w.code + i) * scale);
-        store(table + 16 + i, load(w.code + i) * scale);
-    }
+    Sixteen sixteen;
+    for (int i = 0; i < 16; i += W) sixteen.part[i / W] = narrow(load(w.code + i) * scale);
     const uint8_t* bytes = static_cast<const uint8_t*>(w.data);
     int64_t at = begin;
-    if (at & 1) {
-        if (at < end) *out++ = table[bytes[at / 2] & 15];
-        ++at;
+    if (at % 2 == 0) {
+        int64_t whole = (end - begin) / 32 * 32;
+        look_up(bytes + at / 2, whole / 2, sixteen, out);
+        at += whole;
+        out += whole;
     }
-#if defined(__AVX512BW__)
-    __m512i values = _mm512_load_si512(table);
-    for (; at + 32 <= end; at += 32, out += 32) {
-        __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + at / 2)));
-        __m512i low = _mm512_slli_epi32(_mm512_and_si512(pair, _mm512_set1_epi32(15)), 16);
-        __m512i index = _mm512_or_si512(_mm512_srli_epi32(pair, 4), low);
-        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, values));
-    }
-#endif
-    for (; at + 2 <= end; at += 2, out += 2) {
-        out[0] = table[bytes[at / 2] >> 4];
-        out[1] = table[bytes[at / 2] & 15];
-    }
-    if (at < end) *out = table[bytes[at / 2] >> 4];
+    if (at == end) return;
+    bf16 table[16];
+    memcpy(table, &sixteen, sizeof table);
+    for (; at < end; ++at) *out++ = table[at % 2 ? bytes[at / 2] & 15 : bytes[at / 2] >> 4];
 }
 
 // Columns `begin` to `end` of one row as bf16: in the weight's own memory, or in `room`.
@@ -69,15 +61,18 @@ INLINE const bf16* row_values(const Stored& w, int64_t row, int64_t begin, int64
     if (w.format == rows8) {
         const int8_t* codes = static_cast<const int8_t*>(w.data) + row * w.cols;
         float scale = static_cast<const float*>(w.scales)[row];
-        for (int64_t i = begin; i < end; ++i) {
-            float product = static_cast<float>(codes[i]) * scale;
-            room[i - begin] = to_bf16(product * 7.874015718698502e-3f);
+        typedef int8_t vc __attribute__((vector_size(DECAL_W), aligned(1), may_alias));
+        int64_t i = begin;
+        for (; i + W <= end; i += W) {
+            vf code = __builtin_convertvector(*reinterpret_cast<const vc*>(codes + i), vf);
+            store(room + (i - begin), code * scale * PER_STEP);
         }
+        for (; i < end; ++i)
+            room[i - begin] = to_bf16(static_cast<float>(codes[i]) * scale * PER_STEP);
         return room;
     }
     int64_t first = row * w.cols + begin, last = row * w.cols + end;
-    for (int64_t at = first; at < last;) {
-        int64_t block = at / w.block_size;
+    for (int64_t at = first, block = at / w.block_size; at < last; ++block) {
         int64_t stop = (block + 1) * w.block_size;
         stop = stop < last ? stop : last;
         block_values(w, w.scale(block), at, stop, room + (at - first));

@@ -14,29 +14,13 @@ import torch
 from torch import Tensor
 
 from decal.kernels import native
+from decal.kernels.native_stored import StoredStruct, dense_struct, pointer, stored_struct
 from decal.kernels.stored import Keep, Stored
 
-_FORMATS = {"dense": 0, "code4": 1, "rows8": 2}
 _NOTHING, _AFTER_FIRST, _LEFT, _RIGHT = range(4)
 _ROUNDED, _FLOATS, _TRANSPOSED = range(3)
 _MOST = 14
 """Segments in one call."""
-
-
-class _Stored(ctypes.Structure):
-    _fields_ = (
-        ("format", ctypes.c_int32),
-        ("block_size", ctypes.c_int32),
-        ("rows", ctypes.c_int64),
-        ("cols", ctypes.c_int64),
-        ("stride", ctypes.c_int64),
-        ("data", ctypes.c_void_p),
-        ("scales", ctypes.c_void_p),
-        ("nested", ctypes.c_void_p),
-        ("table", ctypes.c_void_p),
-        ("code", ctypes.c_void_p),
-        ("offset", ctypes.c_float),
-    )
 
 
 class _Segment(ctypes.Structure):
@@ -45,7 +29,7 @@ class _Segment(ctypes.Structure):
         ("lda", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("across", ctypes.c_int32),
-        ("weight", _Stored),
+        ("weight", StoredStruct),
     )
 
 
@@ -88,7 +72,7 @@ def project(
     out = x.new_empty(x.shape[0], weight.shape[0])
     segments = [_segment(x, weight, across=False)]
     if low is not None:
-        segments.append(_segment(low[0], _dense(low[1]), across=False))
+        segments.append(_segment(low[0], dense_struct(low[1]), across=False))
     _multiply(segments, out, bias=bias, add=add)
     return out
 
@@ -103,7 +87,7 @@ def project_back(
         return NotImplemented
     grad, weight = parts[0]
     out = grad.new_empty(grad.shape[0], weight.shape[1])
-    segments = [] if low is None else [_segment(low[0], _dense(low[1]), across=True)]
+    segments = [] if low is None else [_segment(low[0], dense_struct(low[1]), across=True)]
     segments += [_segment(grad, weight, across=True) for grad, weight in parts]
     masked = low is not None and keep is not None
     _multiply(segments, out, keep=keep, masked=_AFTER_FIRST if masked else _NOTHING)
@@ -114,7 +98,7 @@ def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None) -> Any:
     if not _takes([x, A], []):
         return NotImplemented
     out = x.new_empty(x.shape[0], A.shape[0])
-    segments = [_segment(x, _dense(A), across=False)]
+    segments = [_segment(x, dense_struct(A), across=False)]
     _multiply(segments, out, keep=keep, masked=_NOTHING if keep is None else _LEFT)
     return out
 
@@ -126,7 +110,7 @@ def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Any:
     swapped = p.shape[1] > q.shape[1] and keep is None
     left, right = (q, p) if swapped else (p, q)
     turned = left.t().contiguous()  # by name: a segment holds addresses only
-    segments = [_segment(turned, _dense(right), across=True)]
+    segments = [_segment(turned, dense_struct(right), across=True)]
     masked = _NOTHING if keep is None else _RIGHT
     _multiply(segments, out, keep=keep, masked=masked, output=_TRANSPOSED if swapped else _FLOATS)
     return out
@@ -150,38 +134,9 @@ def _is_rows(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and (x.stride(1) == 1 or x.shape[1] == 1)
 
 
-def _segment(a: Tensor, weight: Stored | _Stored, *, across: bool) -> _Segment:
-    stored = weight if isinstance(weight, _Stored) else stored_struct(weight)
+def _segment(a: Tensor, weight: Stored | StoredStruct, *, across: bool) -> _Segment:
+    stored = weight if isinstance(weight, StoredStruct) else stored_struct(weight)
     return _Segment(a.data_ptr(), a.stride(0), a.shape[1], int(across), stored)
-
-
-def _dense(x: Tensor) -> _Stored:
-    rows, cols = x.shape
-    return _Stored(0, 0, rows, cols, x.stride(0), x.data_ptr(), 0, 0, 0, 0, 0.0)
-
-
-def stored_struct(weight: Stored) -> _Stored:
-    """The weight as the library sees it; its tensors must outlive the call."""
-    if weight.format == "dense":
-        return _dense(weight.data)
-    double = weight.nested is not None
-    return _Stored(
-        format=_FORMATS[weight.format],
-        block_size=weight.block_size,
-        rows=weight.shape[0],
-        cols=weight.shape[1],
-        stride=weight.shape[1],
-        data=weight.data.data_ptr(),
-        scales=_pointer(weight.scales),
-        nested=_pointer(weight.nested),
-        table=_pointer(weight.table) if double else 0,
-        code=_pointer(weight.code),
-        offset=float(weight.offset) if weight.offset is not None else 0.0,
-    )
-
-
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _multiply(
@@ -209,8 +164,8 @@ def _multiply(
         N=N,
         keep=words,
         masked=masked,
-        bias=_pointer(bias),
-        add=_pointer(add),
+        bias=pointer(bias),
+        add=pointer(add),
         ldadd=0 if add is None else add.stride(0),
         out=out.data_ptr(),
         ldout=out.stride(0),

@@ -1,0 +1,51 @@
+// Lookup of 4-bit codes in a table of sixteen bf16, the inner loop of whoever unpacks weights.
+#pragma once
+#include "vec.h"
+
+namespace NAMESPACE {
+
+// Sixteen values in registers, in the order of their codes.
+struct Sixteen {
+    vh part[16 / W];
+};
+
+// Two values per byte of `packed`, the one of the high nibble first; `bytes` is a multiple of 16.
+INLINE void look_up(const uint8_t* packed, int64_t bytes, const Sixteen& table, bf16* out) {
+#if defined(__AVX512BW__)
+    // Only the low five bits of a lookup count, so the table stands twice and bit 4 is left as is.
+    __m512i words = _mm512_broadcast_i64x4((__m256i)table.part[0]);
+    for (int64_t i = 0; i < bytes; i += 16) {
+        __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(packed + i)));
+        __m512i index = _mm512_or_si512(_mm512_srli_epi32(pair, 4), _mm512_slli_epi32(pair, 16));
+        _mm512_storeu_si512(out + 2 * i, _mm512_permutexvar_epi16(index, words));
+    }
+#elif defined(__AVX2__)
+    // One table of low bytes and one of high bytes, whose results are interleaved.
+    __m128i byte = _mm_set1_epi16(255), nibble = _mm_set1_epi8(15);
+    __m128i a = (__m128i)table.part[0], b = (__m128i)table.part[1];
+    __m128i lows = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte));
+    __m128i highs = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
+    for (int64_t i = 0; i < bytes; i += 16) {
+        __m128i pair = _mm_loadu_si128((const __m128i*)(packed + i));
+        __m128i first = _mm_and_si128(_mm_srli_epi16(pair, 4), nibble);
+        __m128i second = _mm_and_si128(pair, nibble);
+        __m128i index[2] = {_mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second)};
+        for (int half = 0; half < 2; ++half) {
+            __m128i low = _mm_shuffle_epi8(lows, index[half]);
+            __m128i high = _mm_shuffle_epi8(highs, index[half]);
+            __m128i* to = (__m128i*)(out + 2 * i + 16 * half);
+            _mm_storeu_si128(to, _mm_unpacklo_epi8(low, high));
+            _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(low, high));
+        }
+    }
+#else
+    bf16 values[16];
+    memcpy(values, &table, sizeof values);
+    for (int64_t i = 0; i < bytes; ++i) {
+        out[2 * i] = values[packed[i] >> 4];
+        out[2 * i + 1] = values[packed[i] & 15];
+    }
+#endif
+}
+
+}  // namespace NAMESPACE
