@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from decal import demo
+from decal.adapters import lines
 from decal.config import LoraConfig
+from decal.kernels import ops, reference_project
+from decal.kernels.stored import Stored
 from decal.model.hf import quantizer_identity
 from decal.model.inject import attach
-from decal.quant import FORMATS
-from decal.quant import linear as module
-from decal.quant.base import Packed
 from decal.quant.linear import QuantLinear
 from decal.verbs.load import load_base
 from tests.failures.situations import IDS, draw
@@ -88,16 +88,15 @@ def test_a_repack_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     differs, and so does the gradient, which nothing else would show."""
     model = model_of("nf4")
     before, wanted = quantizer_identity(model), gradient(model)
-    fmt = FORMATS["nf4"]
 
-    def repacking(self: Any, x: Tensor, packed: Packed) -> Tensor:
-        y = self.matmul(x, packed)
-        packed.parts["weight_packed"].copy_(packed.parts["weight_packed"].flip(0))
+    def repacking(x: Tensor, weight: Stored, *rest: Any) -> Tensor:
+        y = reference_project.project(x, weight, *rest)
+        weight.data.copy_(weight.data.flip(0))
         return y
 
-    monkeypatch.setattr(type(fmt), "infer", repacking)
     model.eval()
-    with torch.no_grad():
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setitem(ops.BACKENDS, "project", {"repacking": repacking})
         model(input_ids=IDS)
     assert quantizer_identity(model) != before
     assert float((gradient(model) - wanted).norm() / wanted.norm()) > 0.3
@@ -109,12 +108,11 @@ def test_a_product_without_gradient_would_be_seen(monkeypatch: pytest.MonkeyPatc
     model = model_of("nf4")
     wanted, loss = gradient(model), model(input_ids=IDS, labels=IDS).loss.detach()
 
-    def cut(self: QuantLinear, x: Tensor) -> Tensor:
-        y: Tensor = real(self, x)
-        return y.detach().requires_grad_(y.requires_grad)
+    def cut(parts: Any, low: Any = None, keep: Any = None) -> Tensor:
+        dx = reference_project.project_back(parts, low, keep)
+        return dx - reference_project.project_back(parts)
 
-    real = QuantLinear.forward
-    monkeypatch.setattr(QuantLinear, "forward", cut)
+    monkeypatch.setitem(ops.BACKENDS, "project_back", {"cut": cut})
     assert torch.equal(model(input_ids=IDS, labels=IDS).loss.detach(), loss)
     assert float((gradient(model) - wanted).norm() / wanted.norm()) > 0.3
 
@@ -136,5 +134,5 @@ def test_a_part_written_to_between_forward_and_backward(monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="written to between forward and backward"):
         wrong(layer)
     layer.weight_packed.data.copy_(layer.weight_packed.flip(0))
-    monkeypatch.setattr(module, "_versions", lambda packed: ())
+    monkeypatch.setattr(lines, "check_frozen", lambda ctx: None)
     assert not torch.allclose(wrong(layer), right, atol=1e-3)

@@ -74,10 +74,15 @@ def project(
         A new [T, N] in x's dtype.
     """
     matrix = stored_weight(weight, x.dtype)
-    y = x @ matrix.t() if add is None else torch.addmm(add, x, matrix.t())
-    if bias is not None:
-        y.add_(bias.to(y.dtype))
-    return y if low is None else y.addmm_(low[0], low[1].t())
+    bias = None if bias is None else bias.to(x.dtype)
+    if weight.format == "dense":  # in the order of torch's own linear layer, to the bit
+        y = torch.nn.functional.linear(x, matrix, bias)
+    else:
+        y = torch.nn.functional.linear(x, matrix)
+        y = y if bias is None else y.add_(bias)
+    if low is not None:
+        y.addmm_(low[0], low[1].t())
+    return y if add is None else y.add_(add)
 
 
 def project_back(
