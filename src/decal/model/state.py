@@ -27,6 +27,7 @@ from decal.adapters import (
 )
 from decal.config import LoraConfig
 from decal.errors import AdapterError, TrainingError, first_of, nearest
+from decal.kernels import native
 from decal.model.survey import base_modules, parameter_counts, unwrapped
 
 
@@ -199,3 +200,15 @@ def trainable_line(model: nn.Module) -> str:
         raise TrainingError("0 parameters are trainable", hint="attach an adapter first")
     share = 100 * trainable / total
     return f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+
+
+def fused_line(model: nn.Module) -> str | None:
+    """`30 of 30 decoder layers run fused (avx512bf16)`; None for a model without known ones."""
+    attached = attached_to(model)
+    if attached is None or not attached.fused:
+        return None
+    kept = [f"{path}: {reason}" for path, reason in attached.fused.items() if reason]
+    count = len(attached.fused) - len(kept)
+    line = f"{count} of {len(attached.fused)} decoder layers run fused"
+    line += f" ({native.isa() or 'torch'})" if count else ""
+    return f"{line}; {first_of(kept)}" if kept else line

@@ -21,7 +21,7 @@ from decal.data.pack import Batches, make_batches
 from decal.data.sample import Sample
 from decal.errors import QuantError
 from decal.model import attention, heads, last_hidden, switches
-from decal.model.inject import adapters_of, trainable_line
+from decal.model.inject import adapters_of, fused_line, trainable_line
 from decal.model.size import bits_per_weight
 from decal.model.targets import TargetTable
 from decal.model.unquantized import left_unquantized
@@ -186,6 +186,9 @@ def begin(found: Inputs, say: Say) -> Session:
 
     table = _make_trainable(model, found, say)
     say(trainable_line(model))
+    fused = fused_line(model)
+    if fused is not None:
+        say(fused)
 
     pools = OBJECTIVES[config.objective].POOLS
     flattening = attention.Flattening(False) if pools else attention.flattening(model)

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from decal.adapters import RoutingState, current_routing
-from decal.kernels import native
 from decal.model import attention
 from decal.model.blocks import FAMILIES
 from decal.model.blocks.llama import Block, Plan, run
@@ -111,18 +110,6 @@ def release(model: nn.Module) -> None:
             own = module.__dict__.get("forward")
             if getattr(own, "__func__", None) is forward:
                 del module.__dict__["forward"]
-
-
-def fused_line(found: dict[str, str]) -> str | None:
-    """`30 of 30 decoder layers run fused (avx512bf16)`; None for a model without known ones."""
-    if not found:
-        return None
-    reasons = [f"{path}: {reason}" for path, reason in found.items() if reason]
-    fused = len(found) - len(reasons)
-    line = f"{fused} of {len(found)} decoder layers run fused"
-    if fused:
-        line += f" ({native.isa() or 'torch'})"
-    return line + (f"; {reasons[0]}" if reasons else "")
 
 
 def _shadow(layer: nn.Module, block: Block) -> None:
