@@ -69,8 +69,11 @@ def known(found: list[str], isa: str) -> bool:
     """Whether the compiler takes the flags of an instruction set, and it is one of this machine."""
     if isa not in ISAS:
         return False
-    command = [*found, *ISAS[isa], "-Werror", "-fsyntax-only", "-x", "c++", os.devnull]
-    return subprocess.run(command, capture_output=True).returncode == 0
+    command = [*found, *ISAS[isa], "-Werror", "-x", "c++", "-c", os.devnull, "-o"]
+    part = OBJECTS / f"known-{os.getpid()}.o"
+    done = subprocess.run([*command, part], capture_output=True).returncode == 0
+    part.unlink(missing_ok=True)
+    return done
 
 
 def jobs(isas: Sequence[str], flags: list[str]) -> list[tuple[Path, list[str]]]:
