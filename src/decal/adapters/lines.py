@@ -171,31 +171,29 @@ def _scaled(line: Line, dtype: torch.dtype) -> Tensor:
 
 
 class _One(torch.autograd.Function):
-    """A single layer with an adapter: x [.., K] -> y [.., N]."""
+    """A single layer with an adapter: x [T, K] -> y [T, N]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, *factors: Tensor) -> Tensor:  # type: ignore[override]
-        (y,), z = forward(group, x.reshape(-1, x.shape[-1]))
+        (y,), z = forward(group, x)
         ctx.save_for_backward(x, z, *factors)
         ctx.group, ctx.written = group, group.written
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, z, *_ = ctx.saved_tensors
         check_frozen(ctx)
-        rows, grads = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
-        back = Backward(ctx.group, [grads], z, needs)
-        dx = back.dx()
-        return dx if dx is None else dx.view(x.shape), None, *back.factors(rows)
+        back = Backward(ctx.group, [grad], z, needs)
+        return back.dx(), None, *back.factors(x)
 
 
 def apply(group: Group, x: Tensor) -> Tensor:
     """x [.., K] through a group of one line with an adapter, with gradients -> [.., N]."""
-    y: Tensor = _One.apply(x, group, *group.factors)
-    return y
+    y: Tensor = _One.apply(x.reshape(-1, x.shape[-1]), group, *group.factors)
+    return y.view(*x.shape[:-1], y.shape[-1])  # outside: models may add to it in place
 
 
 def check_frozen(ctx: Any, *more: Group) -> None:
