@@ -102,8 +102,11 @@ def decal_steps(task: Task, timed: Callable[[str, Callable[[], Any]], Any]) -> I
             timed("optimizer", lambda: optimizer.update(LR, optimizer.gradient_norm()))
 
 
-def peft_steps(task: Task, best: bool) -> Iterator[None]:
-    """The hand-written loop of the tutorials, or the same with everything that is slow left out."""
+def peft_steps(task: Task, way: str) -> Iterator[None]:
+    """The hand-written loop of the tutorials (`peft`), or with what is slow left out.
+
+    `peft-autocast` is `peft-best` with LoRA weights in float32 and autocast to bf16.
+    """
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -118,6 +121,7 @@ def peft_steps(task: Task, best: bool) -> Iterator[None]:
         quantization_config=quant if task.quant == "nf4" else None,
         dtype=torch.bfloat16,
     )
+    best = way != "peft"
     if not best and task.quant == "nf4":
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = peft.LoraConfig(
@@ -129,7 +133,7 @@ def peft_steps(task: Task, best: bool) -> Iterator[None]:
     )
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=not best)
     trained = [p for p in model.parameters() if p.requires_grad]
-    if best:
+    if way == "peft-best":
         for parameter in trained:
             parameter.data = parameter.data.bfloat16()
     optimizer = torch.optim.AdamW(trained, lr=LR, fused=True if best else None)
@@ -140,7 +144,8 @@ def peft_steps(task: Task, best: bool) -> Iterator[None]:
         yield
         parts = [rows[i : i + rows_of] for i in range(0, len(rows), rows_of)]
         for part in parts:
-            loss = model(**_padded(part, masked=task.chat), **options).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=way == "peft-autocast"):
+                loss = model(**_padded(part, masked=task.chat), **options).loss
             (loss / len(parts)).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

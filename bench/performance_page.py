@@ -15,6 +15,7 @@ from bench.failures_page import machine, versions
 NAMES = {
     "peft": "peft + bitsandbytes, tutorials' settings",
     "peft-best": "peft + bitsandbytes, best settings, dropout 0",
+    "peft-autocast": "peft + bitsandbytes under autocast, dropout 0",
     "trl": "trl SFTTrainer, defaults",
     "peft-bf16": "peft on a bf16 base",
     "peft-chat": "peft + bitsandbytes, lengths of chats, padded",

@@ -13,6 +13,8 @@ of the peer's time by decal's.
 
     peft        4 x 256 tokens, NF4 + double quantization, dropout 0.05, the tutorials' loop
     peft-best   dropout 0 on both sides; peft in the best settings that we know (contenders.py)
+    peft-autocast   another way to leave upcasts out, as fast as `peft-best` where we measured;
+                only where it is asked for
     trl         as `peft`, SFTTrainer with its defaults
     peft-bf16   as `peft` on a base that is not quantized
     peft-chat   8 rows with the lengths of chats, 20 to 600 tokens, prompts not trained; peft pads,
@@ -47,11 +49,14 @@ from bench.step_parts import OTHER, PARTS  # noqa: E402
 PEERS = {
     "peft": ("peft", "tutorial"),
     "peft-best": ("peft-best", "best"),
+    "peft-autocast": ("peft-autocast", "best"),
     "trl": ("trl", "tutorial"),
     "peft-bf16": ("peft", "bf16"),
     "peft-chat": ("peft", "chat"),
 }
 """Comparison -> the peer's contender and the settings of both sides."""
+USUAL = [name for name in PEERS if name != "peft-autocast"]
+"""What is compared where `--peers` names nothing else."""
 HELD = {
     "avx512bf16": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
     "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
@@ -227,7 +232,7 @@ def named_peers(text: str) -> list[str]:
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=KNOWN, default="smollm2-135m")
-    parser.add_argument("--peers", type=named_peers, default=list(PEERS), help=", ".join(PEERS))
+    parser.add_argument("--peers", type=named_peers, default=USUAL, help=", ".join(PEERS))
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each contender")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--isa", choices=HELD, help="hold both sides to an instruction set")

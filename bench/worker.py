@@ -97,7 +97,7 @@ def _take(steps: Iterator[None], turns: Turns) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", help="decal, peft, peft-best, trl or peak")
+    parser.add_argument("name", help="decal, peft, peft-best, peft-autocast, trl or peak")
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("shape", choices=KNOWN)
     parser.add_argument("folder")
@@ -114,7 +114,7 @@ def main() -> None:
     elif given.name == "trl":
         trl_steps(task, Turns(memory, dict).wait)
     else:
-        _take(peft_steps(task, best=given.name == "peft-best"), Turns(memory, dict))
+        _take(peft_steps(task, given.name), Turns(memory, dict))
 
 
 if __name__ == "__main__":
