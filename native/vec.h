@@ -122,8 +122,14 @@ INLINE float largest(vf x) {
     for (int i = 1; i < W; ++i) out = x[i] > out ? x[i] : out;
     return out;
 }
+// Where a and b cannot be compared, b. The intrinsics are what gcc does not make of the comparisons.
+#if defined(__AVX512F__)
+INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE vf min(vf a, vf b) { return a < b ? a : b; }
+#endif
 
 // exp to 2 units in the last place of a float: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]
 // (degree 6, minimax). Below -87.3 it is 0 to rounding, above 88.3 it stays at the largest power;
