@@ -48,4 +48,16 @@ INLINE void look_up(const uint8_t* packed, int64_t bytes, const Sixteen& table, 
 #endif
 }
 
+// W integers of 8 bits as floats. (GCC 12 cuts the conversion of a whole vector into pieces.)
+INLINE vf whole_numbers(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    typedef int8_t vc __attribute__((vector_size(DECAL_W), aligned(1), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const vc*>(p), vf);
+#endif
+}
+
 }  // namespace NAMESPACE

@@ -16,8 +16,8 @@ namespace {
 
 using decal::Range;
 
-constexpr int64_t PIECE = 1024;      // values of a row that are unpacked at a time
-constexpr int64_t STEP = 64;         // pieces are padded to a multiple
+constexpr int64_t PIECE = 2048;      // values of a row that are unpacked at a time
+constexpr int64_t STEP = 128;        // pieces are padded to a multiple
 constexpr int64_t SERIAL = 1 << 15;  // weights below which threads do not pay
 
 #if defined(DOT_BF16)
@@ -50,36 +50,86 @@ std::vector<Input>& prepared(const bf16* x, int64_t ldx, int64_t rows, int64_t c
     return out;
 }
 
-// Two chains of additions for each row of x where there are registers for them.
+// Several chains of additions for each row of x, as far as there are registers for them.
 template <int T>
 struct Sums {
-    static constexpr int CHAINS = W == 16 || T <= 4 ? 2 : 1;
+    static constexpr int CHAINS = T <= 2 ? 4 : W == 16 || T <= 4 ? 2 : 1;
     vf part[T][CHAINS] = {};
 
     // n is a multiple of STEP.
     INLINE void add(const bf16* row, const Input* x, int64_t ld, int64_t n) {
         for (int64_t i = 0; i < n; i += CHAINS * LANES)
+#pragma GCC unroll 4
             for (int chain = 0; chain < CHAINS; ++chain) {
                 vf weight = weights(row + i + chain * LANES);
+#pragma GCC unroll 8
                 for (int t = 0; t < T; ++t)
                     part[t][chain] =
                         add_product(part[t][chain], x + t * ld + i + chain * LANES, weight);
             }
     }
     INLINE float total(int t) const {
-        return sum(CHAINS == 2 ? part[t][0] + part[t][CHAINS - 1] : part[t][0]);
+        vf all = part[t][0];
+        for (int chain = 1; chain < CHAINS; ++chain) all += part[t][chain];
+        return sum(all);
     }
 };
+
+// Scales of `count` blocks from `first` on; product and sum are rounded one by one.
+INLINE void scales_of(const Stored& w, int64_t first, int64_t count, float* out) {
+    if (!w.nested) {
+        memcpy(out, static_cast<const float*>(w.scales) + first, count * sizeof(float));
+        return;
+    }
+    const uint8_t* index = static_cast<const uint8_t*>(w.scales) + first;
+    for (int64_t i = 0; i < count;) {
+        int64_t end = (first + i) / 256 * 256 + 256 - first;
+        float nested = w.nested[(first + i) / 256];
+        for (end = end < count ? end : count; i < end; ++i) out[i] = w.table[index[i]] * nested;
+    }
+    asm volatile("" ::: "memory");
+    for (int64_t i = 0; i < count; ++i) out[i] += w.offset;
+}
+
+// Whether no block of 4-bit codes straddles two rows or two pieces.
+bool aligned(const Stored& w) {
+    return w.format == code4 && w.cols % w.block_size == 0 && w.block_size % 32 == 0 &&
+           (PIECE % w.block_size == 0 || w.block_size % PIECE == 0);
+}
+
+// n values of the flattened weight from `at` on, a piece of an aligned one.
+INLINE const bf16* unpacked(const Stored& w, int64_t at, int64_t first, int64_t n, bf16* room) {
+    int64_t block = w.block_size < PIECE ? w.block_size : PIECE, count = n / block;
+    float scale[PIECE / 32];
+    scales_of(w, first, count, scale);
+    const uint8_t* packed = static_cast<const uint8_t*>(w.data) + at / 2;
+    vf code[16 / W];
+    for (int i = 0; i < 16; i += W) code[i / W] = load(w.code + i);
+    for (int64_t b = 0; b < count; ++b) {
+        Sixteen table;
+        for (int i = 0; i < 16 / W; ++i) table.part[i] = narrow(code[i] * scale[b]);
+        if (block == 64)
+            look_up(packed + b * 32, 32, table, room + b * 64);
+        else
+            look_up(packed + b * block / 2, block / 2, table, room + b * block);
+    }
+    return room;
+}
 
 template <int T>
 void some_rows(const Stored& w, Range rows, const Input* x, int64_t ld, bf16* y, int64_t ldy) {
     alignas(64) bf16 room[PIECE], last[STEP];
     int64_t piece = w.format == dense ? w.cols : PIECE;
+    bool whole_blocks = aligned(w);
+    int64_t blocks = whole_blocks ? w.cols / w.block_size : 0;
     for (int64_t row = rows.begin; row < rows.end; ++row) {
         Sums<T> sums;
         for (int64_t begin = 0; begin < w.cols; begin += piece) {
             int64_t n = w.cols - begin < piece ? w.cols - begin : piece, whole = n / STEP * STEP;
-            const bf16* values = row_values(w, row, begin, begin + n, room);
+            const bf16* values =
+                whole_blocks ? unpacked(w, row * w.cols + begin,
+                                        row * blocks + begin / w.block_size, n, room)
+                             : row_values(w, row, begin, begin + n, room);
             sums.add(values, x + begin, ld, whole);
             if (whole == n) continue;
             memset(last, 0, sizeof last);

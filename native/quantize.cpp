@@ -267,7 +267,6 @@ void quantize_rows_of(const T* x, int64_t rows, int64_t columns, int8_t* codes, 
 template <class T>
 void dequantize_rows_to(const int8_t* codes, const float* absmax, int64_t rows, int64_t columns,
                         T* out, int threads) {
-    typedef int8_t vc __attribute__((vector_size(DECAL_W), aligned(1), may_alias));
     for_each_thread(team(rows * columns, threads), [&](int thread, int of) {
         Range mine = share(rows, thread, of);
         for (int64_t row = mine.begin; row < mine.end; ++row) {
@@ -275,10 +274,8 @@ void dequantize_rows_to(const int8_t* codes, const float* absmax, int64_t rows, 
             T* values = out + row * columns;
             float scale = absmax[row];
             int64_t i = 0;
-            for (; i + W <= columns; i += W) {
-                vc next = *reinterpret_cast<const vc*>(given + i);
-                put(values + i, __builtin_convertvector(next, vf) * scale * PER_STEP);
-            }
+            for (; i + W <= columns; i += W)
+                put(values + i, whole_numbers(given + i) * scale * PER_STEP);
             for (; i < columns; ++i)
                 put(values + i, static_cast<float>(given[i]) * scale * PER_STEP);
         }

@@ -61,12 +61,9 @@ INLINE const bf16* row_values(const Stored& w, int64_t row, int64_t begin, int64
     if (w.format == rows8) {
         const int8_t* codes = static_cast<const int8_t*>(w.data) + row * w.cols;
         float scale = static_cast<const float*>(w.scales)[row];
-        typedef int8_t vc __attribute__((vector_size(DECAL_W), aligned(1), may_alias));
         int64_t i = begin;
-        for (; i + W <= end; i += W) {
-            vf code = __builtin_convertvector(*reinterpret_cast<const vc*>(codes + i), vf);
-            store(room + (i - begin), code * scale * PER_STEP);
-        }
+        for (; i + W <= end; i += W)
+            store(room + (i - begin), whole_numbers(codes + i) * scale * PER_STEP);
         for (; i < end; ++i)
             room[i - begin] = to_bf16(static_cast<float>(codes[i]) * scale * PER_STEP);
         return room;
