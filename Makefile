@@ -36,7 +36,7 @@ sanitize: $(STAMPS)/dev  ## the tests of the kernels with AddressSanitizer and U
 	  env DECAL_NATIVE=$(SANITIZED)/_native.so DECAL_TEST_THREADS=$$threads \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	    LD_PRELOAD="$$($(BIN)/python native/build.py --preload)" \
-	    $(BIN)/python -m pytest -m 'not gpu and not slow' tests/kernels || exit 1; \
+	    $(BIN)/python -m pytest -m 'not gpu and not slow' -s tests/kernels || exit 1; \
 	done
 
 check: $(STAMPS)/dev  ## format, lint, types, architecture, docs
