@@ -16,7 +16,7 @@
 //
 // Blocks have BLOCK queries and BLOCK keys. On the diagonal keys come in pieces of half a block, and
 // the second piece computes only the queries that see it. The softmax runs block by block with a
-// running maximum; backward takes p from lse.
+// running maximum that may lag behind by SLACK; backward takes p from lse.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -34,9 +34,10 @@ constexpr int64_t BLOCK_WORDS = BLOCK / PAIR;
 constexpr int64_t QUERIES = 4 * BLOCK;  // of one forward task
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LOWEST = -1e30f;  // of a running maximum, so that differences stay numbers
+constexpr float SLACK = 8;  // a maximum that 2^8 times the share exceeds is kept: nothing to rescale
 
-// 2^x to 1e-7 relative, exactly 1 at 0 and exactly 0 from -127 down: a hidden key has no share.
-// x is never above 0 by more than rounding. NaN stays NaN.
+// 2^x to 1e-7 relative for x < 128, exactly 1 at 0 and exactly 0 from -127 down: a hidden key has no
+// share. NaN stays NaN.
 INLINE vf power_of_2(vf x) {
     vf bounded = splat(-127.0f) > x ? splat(-127.0f) : x;
     vf shifted = bounded + 12582912.0f;
@@ -179,7 +180,8 @@ INLINE vf soften(
         }
         highest = max(s, highest);
     }
-    vf now = max(highest * slope, top);
+    highest = highest * slope;
+    vf now = highest > top + SLACK ? highest : top;
     vf before = power_of_2(top - now), sum = vf{};
     int64_t r = 0;
     for (; r + 2 <= piece.keys; r += 2) {
