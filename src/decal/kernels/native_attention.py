@@ -49,7 +49,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = attention_flat_backward(grad, *ctx.saved_tensors, ctx.scale, ctx.window)
+        q, k, v, out, lse, edges = ctx.saved_tensors
+        found = attention_flat_backward(grad, q, k, v, out, lse, edges, ctx.scale, ctx.window)
         return *found, None, None, None
 
 
