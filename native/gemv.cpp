@@ -35,11 +35,14 @@ INLINE vf add_product(vf sum, const Input* x, vf weight) { return sum + load(x) 
 INLINE vf weights(const bf16* p) { return load(p); }
 #endif
 
-// The rows of x one after the other, `ld` values apart, zeros behind the last column.
-std::vector<Input>& prepared(const bf16* x, int64_t ldx, int64_t rows, int64_t columns,
-                             int64_t ld) {
-    static thread_local std::vector<Input> out;
-    out.assign(rows * ld, Input{});
+// The rows of x one after the other, `ld` values apart, zeros behind the last column; begins with a
+// cache line.
+const Input* prepared(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, int64_t ld) {
+    static thread_local std::vector<Input> room;
+    constexpr uintptr_t line = 64;
+    room.assign(rows * ld + line / sizeof(Input), Input{});
+    uintptr_t begin = reinterpret_cast<uintptr_t>(room.data());
+    Input* out = reinterpret_cast<Input*>((begin + line - 1) / line * line);
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t i = 0; i < columns; ++i)
 #if defined(DOT_BF16)
@@ -151,8 +154,9 @@ EXPORT(gemv)(const Stored* w, const bf16* x, int64_t ldx, int64_t rows, bf16* y,
     using Body = void (*)(const Stored&, Range, const Input*, int64_t, bf16*, int64_t);
     static constexpr Body bodies[] = {some_rows<1>, some_rows<2>, some_rows<3>, some_rows<4>,
                                       some_rows<5>, some_rows<6>, some_rows<7>, some_rows<8>};
-    int64_t ld = (w->cols + STEP - 1) / STEP * STEP;
-    const Input* input = prepared(x, ldx, rows, w->cols, ld).data();
+    // One more cache line: rows whole pages apart would share a few places of the L1 cache.
+    int64_t ld = (w->cols + STEP - 1) / STEP * STEP + 64 / sizeof(Input);
+    const Input* input = prepared(x, ldx, rows, w->cols, ld);
     int team = w->rows * w->cols < SERIAL ? 1 : threads;
     decal::for_each_thread(team, [&](int thread, int of) {
         bodies[rows - 1](*w, decal::share(w->rows, thread, of), input, ld, y, ldy);
