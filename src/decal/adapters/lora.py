@@ -163,7 +163,7 @@ class _Update(torch.autograd.Function):
     ) -> Tensor:
         with _exact(x.device):
             rows = x.reshape(-1, x.shape[-1])
-            keep = None if dropout is None else dropout.words(*rows.shape, rows.device)
+            keep = None if dropout is None else dropout.words(len(rows), x.shape[-1], x.device)
             scale = scale if dropout is None else scale / (1.0 - dropout.p)
             z = ops.into_rank(rows, A.to(x.dtype), keep)
             ctx.save_for_backward(x, z, A, B)

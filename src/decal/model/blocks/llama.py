@@ -97,9 +97,13 @@ class Block:
         norms = [Norm(norm.weight, norm.variance_epsilon) for norm in self.norms]
         if any(n.weight.requires_grad or n.weight.dtype != x.dtype for n in norms):
             return None
-        groups = [self._group(names, routing, x) for names in GROUPS]
-        if None in groups:
-            return None
+        groups = []
+        for names in GROUPS:
+            layers = [self.layers[name] for name in names]
+            group = group_of(layers, routing, x.shape[0], x, exact=self.attention.training)
+            if group is None:
+                return None
+            groups.append(group)
         cos, sin = kwargs["position_embeddings"]
         return Plan(
             norms=(norms[0], norms[1]),
@@ -126,10 +130,6 @@ class Block:
             own += [weight.block_size, weight.nested is None, bias is None]
             own += [lora and (lora.plain, lora.A.shape, lora.dropout)]
         return tuple(own)
-
-    def _group(self, names: tuple[str, ...], routing: Routing, x: Tensor) -> Group | None:
-        layers = [self.layers[name] for name in names]
-        return group_of(layers, routing, x.shape[0], x, exact=self.attention.training)
 
     def _in_place(self) -> bool:
         """Whether the projections are still the modules that stood there."""

@@ -92,11 +92,12 @@ class Attend(Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, how: Attention) -> Tensor:
         heads = [_heads(t, how.head_dim) for t in (q, k, v)]
         turned, rstd = _turned(heads[:2], how)
+        (q_turned, k_turned), v_heads = turned, heads[2]
         out, lse = ops.attention_flat_forward(
-            *turned, heads[2], how.cu_seq_lens, how.scale, how.window
+            q_turned, k_turned, v_heads, how.cu_seq_lens, how.scale, how.window
         )
         kept = heads[:2] if how.norms else turned
-        ctx.save_for_backward(*kept, heads[2], out, lse, *rstd)
+        ctx.save_for_backward(*kept, v_heads, out, lse, *rstd)
         ctx.how = how
         return out.view(q.shape)
 
@@ -105,10 +106,11 @@ class Attend(Function):
     def backward(ctx: Any, grad: Tensor) -> Gradients:
         q, k, v, out, lse, *rstd = ctx.saved_tensors
         how: Attention = ctx.how
-        turned = _turned([q, k], how)[0] if how.norms else [q, k]
+        q_turned, k_turned = _turned([q, k], how)[0] if how.norms else [q, k]
         dq, dk, dv = ops.attention_flat_backward(
             _heads(grad.contiguous(), how.head_dim),
-            *turned,
+            q_turned,
+            k_turned,
             v,
             out,
             lse,
@@ -118,8 +120,8 @@ class Attend(Function):
         )
         found = [ops.rotate(d, how.cos, how.sin, inverse=True, out=d) for d in (dq, dk)]
         for i, norm in enumerate(how.norms or ()):
-            rows = [t.reshape(-1, how.head_dim) for t in (found[i], (q, k)[i])]
-            found[i] = ops.rms_norm_backward(*rows, norm.weight, rstd[i])
+            rows, x = (t.reshape(-1, how.head_dim) for t in (found[i], (q, k)[i]))
+            found[i] = ops.rms_norm_backward(rows, x, norm.weight, rstd[i])
         shapes = [(t.shape[0], t.shape[1] * t.shape[2]) for t in (q, k, v)]
         dq, dk, dv = (d.reshape(s) for d, s in zip((*found, dv), shapes, strict=True))
         return dq, dk, dv, None
