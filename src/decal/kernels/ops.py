@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from decal.kernels import (
+    fused_attention,
     native,
     native_attention,
     native_dropout,
     native_elementwise,
+    native_project,
     native_quant,
     reference_attention,
     reference_dropout,
@@ -61,10 +63,13 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
         "native": native_dropout.dropout_keep,
         "torch": reference_dropout.dropout_keep,
     },
-    "project": {"torch": reference_project.project},
-    "project_back": {"torch": reference_project.project_back},
-    "into_rank": {"torch": reference_project.into_rank},
-    "over_rows": {"torch": reference_project.over_rows},
+    "project": {"native": native_project.project, "torch": reference_project.project},
+    "project_back": {
+        "native": native_project.project_back,
+        "torch": reference_project.project_back,
+    },
+    "into_rank": {"native": native_project.into_rank, "torch": reference_project.into_rank},
+    "over_rows": {"native": native_project.over_rows, "torch": reference_project.over_rows},
     "rms_norm": {"native": native_elementwise.rms_norm, "torch": reference_norm.rms_norm},
     "rms_norm_backward": {
         "native": native_elementwise.rms_norm_backward,
@@ -86,10 +91,12 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
     },
     "attention_flat_forward": {
         "native": native_attention.attention_flat_forward,
+        "torch fused": fused_attention.attention_flat_forward,
         "torch": reference_attention.attention_flat_forward,
     },
     "attention_flat_backward": {
         "native": native_attention.attention_flat_backward,
+        "torch fused": fused_attention.attention_flat_backward,
         "torch": reference_attention.attention_flat_backward,
     },
     "attention_masked": {"torch": reference_attention.attention_masked},
