@@ -30,8 +30,8 @@ native: $(STAMPS)/venv  ## compile the kernels anew where native/ changed
 test: $(STAMPS)/dev $(STAMPS)/native  ## all tests that need neither a GPU nor a network
 	$(BIN)/python -m pytest -m 'not gpu and not slow' -n auto --maxprocesses 4 --dist loadfile $(TESTS)
 
-sanitize: $(STAMPS)/dev  ## the tests of the kernels with AddressSanitizer and UBSan (gcc)
-	$(BIN)/python native/build.py --sanitize $(SANITIZED) --isas $(SANITIZED_ISAS)
+sanitize: $(STAMPS)/dev  ## the kernels' tests with AddressSanitizer, UBSan and emulated tiles (gcc)
+	$(BIN)/python native/build.py --sanitize $(SANITIZED) --emulate --isas $(SANITIZED_ISAS)
 	for threads in 1 2; do \
 	  env DECAL_NATIVE=$(SANITIZED)/_native.so DECAL_TEST_THREADS=$$threads \
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

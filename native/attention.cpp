@@ -48,7 +48,7 @@ INLINE vf power_of_2(vf x) {
     p = p * t + 2.402224208e-1f;
     p = p * t + 6.931469776e-1f;
     p = p * t + 1.0f;
-    return (vf)((vi)p + ((vi)shifted << 23));
+    return (vf)((vu)p + ((vu)shifted << 23));
 }
 
 struct Attention {

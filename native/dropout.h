@@ -14,10 +14,9 @@ struct Keep {
 
 // All ones where element (row, columns c.. of `column`) is kept.
 INLINE vi kept(vi column, int32_t offset, int32_t factor, int32_t least) {
-    vi x = column + offset;
+    vi x = (vi)((vu)column + static_cast<uint32_t>(offset));
     x = x ^ (x >> 15);
-    x = x * factor;
-    return x >= least;
+    return (vi)((vu)x * static_cast<uint32_t>(factor)) >= least;
 }
 
 INLINE bool kept(int32_t column, int32_t offset, int32_t factor, int32_t least) {

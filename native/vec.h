@@ -147,7 +147,7 @@ INLINE vf exp(vf x) {
     p = p * t + 1.6666665459e-1f;
     p = p * t + 5.0000001201e-1f;
     p = p * t * t + t + 1.0f;
-    vi power = (__builtin_convertvector(n, vi) + 127) << 23;
+    vu power = (vu)(__builtin_convertvector(n, vi) + 127) << 23;
     return p * (vf)power;
 }
 
