@@ -26,7 +26,7 @@ from decal.adapters import RoutingState, current_routing
 from decal.model import attention
 from decal.model.blocks import FAMILIES
 from decal.model.blocks.llama import Block, Plan, run
-from decal.model.blocks.proof import prove
+from decal.model.blocks.proof import ROOM, prove
 
 _CALLS_CHECKPOINT = "__call__" in vars(GradientCheckpointingLayer)
 """Older transformers checkpoint around forward; newer ones inside it, where ours stands."""
@@ -53,6 +53,7 @@ def _plan(layer: Any, x: Tensor, kwargs: dict[str, Any]) -> Plan | None:
         or kwargs.get("output_attentions")
         or block.attention.config._attn_implementation != attention.NAME
         or x.device.type != "cpu"
+        or x.dtype not in ROOM
         or x.dim() != 3
         or x.shape[0] != 1
         or torch.compiler.is_compiling()
