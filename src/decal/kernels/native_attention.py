@@ -86,7 +86,7 @@ def attention_flat_backward(
         return NotImplemented
     q, k, v = (_by_rows(x) for x in (q, k, v))
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
-    found = tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    found = tuple(torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (q, k, v))
     tensors = [native.address(x) for x in (grad, q, k, v, out, lse, *found)]
     _call("attention_backward", tensors, (q, k, v), cu_seq_lens, scale, window)
     return found

@@ -26,7 +26,7 @@ def row_halves(
         return NotImplemented
     if any(x.dtype != torch.int64 or not x.is_contiguous() for x in counters):
         return NotImplemented
-    offset, factor = torch.empty(2, sample_ids.numel(), dtype=torch.int32).unbind()
+    offset, factor = torch.empty(2, sample_ids.numel(), dtype=torch.int32, device="cpu").unbind()
     run(
         c_uint64(call_word(call)),
         *(native.address(x) for x in counters),
@@ -53,7 +53,7 @@ def dropout_keep(
     if run is None or halves is NotImplemented:
         return NotImplemented
     column = column_words(features, sample_ids.device)
-    keep = torch.empty(sample_ids.numel(), features, dtype=torch.bool)
+    keep = torch.empty(sample_ids.numel(), features, dtype=torch.bool, device="cpu")
     run(
         *(native.address(words) for words in (*halves, column)),
         c_int32(threshold(p)),

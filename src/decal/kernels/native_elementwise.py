@@ -68,7 +68,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor] | A
     if run is None or not _taken(x, weight) or x.ndim != 2 or weight.shape != x.shape[1:]:
         return NotImplemented
     x, weight = x.contiguous(), weight.contiguous()
-    y, rstd = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32)
+    y, rstd = torch.empty_like(x), torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
     run(
         native.address(x),
         native.address(weight),
@@ -115,7 +115,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor | Any:
     if run is None or not _taken(gate, up) or not _alike(gate, up):
         return NotImplemented
     lines = [_lines(gate), _lines(up)]
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device="cpu")
     read = [part for line in lines for part in line[:2]]
     run(*read, _half(gate), *_sizes(gate), native.address(out), _threads(gate))
     return out
@@ -127,7 +127,7 @@ def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Ten
     if run is None or not _taken(grad, gate, up) or not _alike(grad, gate, up):
         return NotImplemented
     lines = [_lines(grad), _lines(gate), _lines(up)]
-    d_gate, d_up, h = (torch.empty(gate.shape, dtype=gate.dtype) for _ in range(3))
+    d_gate, d_up, h = (torch.empty(gate.shape, dtype=gate.dtype, device="cpu") for _ in range(3))
     read = [part for line in lines for part in line[:2]]
     written = [native.address(part) for part in (d_gate, d_up, h)]
     run(*read, _half(gate), *_sizes(gate), *written, _threads(gate))
@@ -147,7 +147,7 @@ def rotate(
         return NotImplemented
     x = x if _dense_heads(x) else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
-    to = torch.empty(x.shape, dtype=x.dtype) if out is None else out
+    to = torch.empty(x.shape, dtype=x.dtype, device="cpu") if out is None else out
     run(
         native.address(x),
         c_int64(x.stride(0)),
@@ -181,7 +181,7 @@ def softmax_loss(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor | An
     if targets.device.type != "cpu" or not inside.all():
         return NotImplemented
     targets = targets.contiguous()
-    losses = torch.empty(targets.shape, dtype=torch.float32)
+    losses = torch.empty(targets.shape, dtype=torch.float32, device="cpu")
     run(
         native.address(logits),
         c_int64(logits.stride(0)),

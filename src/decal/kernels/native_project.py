@@ -106,7 +106,7 @@ def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None) -> Any:
 def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Any:
     if not _takes([p, q], []):
         return NotImplemented
-    out = torch.empty(p.shape[1], q.shape[1])
+    out = p.new_empty(p.shape[1], q.shape[1], dtype=torch.float32)
     swapped = p.shape[1] > q.shape[1] and keep is None
     left, right = (q, p) if swapped else (p, q)
     turned = left.t().contiguous()  # by name: a segment holds addresses only

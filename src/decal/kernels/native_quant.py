@@ -72,8 +72,8 @@ def quantize_4bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
         return NotImplemented
     midpoints, order = _codebook(code)
     n = x.numel()
-    packed = torch.empty(((n + 1) // 2, 1), dtype=torch.uint8)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    packed = torch.empty(((n + 1) // 2, 1), dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device="cpu")
     for part in _parts(n, x.dtype, _CHUNK):
         values = _readable(x[part])
         run(
@@ -103,10 +103,14 @@ def dequantize_4bit(
     if packed.numel() < (n + 1) // 2 or absmax.numel() < -(-n // block_size):
         return NotImplemented
     flat, scales = packed.view(-1), absmax.view(-1)
-    out = torch.empty(n, dtype=dtype)
+    out = torch.empty(n, dtype=dtype, device="cpu")
     for part in _parts(n, dtype, _CHUNK):
         target = out[part]
-        values = target if dtype in _DIRECT else torch.empty(target.shape)
+        values = (
+            target
+            if dtype in _DIRECT
+            else torch.empty(target.shape, dtype=torch.float32, device="cpu")
+        )
         run(
             native.address(flat[part.start // 2 :]),
             native.address(scales[part.start // block_size :]),
@@ -129,10 +133,10 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int) -> tuple[Tensor, Ten
     if run is None or not sound or not _plain(x, code) or not _float32(code):
         return NotImplemented
     x = x.float()
-    midpoints = torch.full((256,), torch.inf)
+    midpoints = torch.full((256,), torch.inf, dtype=torch.float32, device="cpu")
     torch.add(code[:-1], code[1:], out=midpoints[:-1]).div_(2)
-    index = torch.empty(x.shape, dtype=torch.uint8)
-    absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32)
+    index = torch.empty(x.shape, dtype=torch.uint8, device="cpu")
+    absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32, device="cpu")
     run(
         native.address(x),
         c_int64(x.numel()),
@@ -153,7 +157,7 @@ def dequantize_8bit(index: Tensor, absmax: Tensor, code: Tensor, block_size: int
         return NotImplemented
     if not _float32(absmax, code) or absmax.numel() != -(-index.numel() // block_size):
         return NotImplemented
-    out = torch.empty(index.shape, dtype=torch.float32)
+    out = torch.empty(index.shape, dtype=torch.float32, device="cpu")
     run(
         native.address(index),
         native.address(absmax),
@@ -171,8 +175,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor] | Any:
     run = native.kernel("quantize_rows")
     if run is None or x.ndim != 2 or not x.is_floating_point() or not _plain(x) or not x.numel():
         return NotImplemented
-    codes = torch.empty(x.shape, dtype=torch.int8)
-    absmax = torch.empty(x.shape[0], dtype=torch.float32)
+    codes = torch.empty(x.shape, dtype=torch.int8, device="cpu")
+    absmax = torch.empty(x.shape[0], dtype=torch.float32, device="cpu")
     for part in _parts(x.shape[0], x.dtype, max(1, _CHUNK // x.shape[1])):
         values = _readable(x[part])
         run(
@@ -195,10 +199,14 @@ def dequantize_rows(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor
         return NotImplemented
     if absmax.shape != codes.shape[:1] or not codes.numel():
         return NotImplemented
-    out = torch.empty(codes.shape, dtype=dtype)
+    out = torch.empty(codes.shape, dtype=dtype, device="cpu")
     for part in _parts(codes.shape[0], dtype, max(1, _CHUNK // codes.shape[1])):
         target = out[part]
-        values = target if dtype in _DIRECT else torch.empty(target.shape)
+        values = (
+            target
+            if dtype in _DIRECT
+            else torch.empty(target.shape, dtype=torch.float32, device="cpu")
+        )
         run(
             native.address(codes[part]),
             native.address(absmax[part]),

@@ -15,6 +15,7 @@ from typing import Protocol
 from torch import Tensor, dtype, float32
 
 from decal.errors import QuantError
+from decal.kernels import ops
 from decal.kernels.stored import Stored
 
 
@@ -90,6 +91,17 @@ class QuantFormat(Protocol):
     ) -> dict[str, tuple[tuple[int, ...], dtype]]:
         """Names, shapes and dtypes of the parts of a weight of `shape`, without any data."""
         ...
+
+
+def times_transpose(x: Tensor, weight: Stored) -> Tensor:
+    """x [..., in] times the transpose of a weight [out, in] -> [..., out] in x's dtype."""
+    return ops.project(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+
+
+def times(grad: Tensor, weight: Stored) -> Tensor:
+    """grad [..., out] times a weight [out, in] -> [..., in] in grad's dtype."""
+    rows = grad.reshape(-1, grad.shape[-1]).contiguous()
+    return ops.project_back([(rows, weight)]).view(*grad.shape[:-1], weight.shape[1])
 
 
 def check_weight(name: str, weight: Tensor, held: dtype = float32) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from decal.errors import QuantError
 from decal.kernels import ops
 from decal.kernels.stored import NESTED_BLOCK_SIZE, Stored
-from decal.quant.base import Packed, Recipe, check_weight
+from decal.quant.base import Packed, Recipe, check_weight, times, times_transpose
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -125,11 +125,11 @@ class CodebookFormat:
 
     def matmul(self, x: Tensor, packed: Packed) -> Tensor:
         """x [..., in] times the weight's transpose -> [..., out] in x's dtype."""
-        return torch.nn.functional.linear(x, self.dequantize(packed, x.dtype))
+        return times_transpose(x, self.stored(packed))
 
     def matmul_t(self, grad: Tensor, packed: Packed) -> Tensor:
         """grad [..., out] times the weight -> [..., in] in grad's dtype."""
-        return torch.matmul(grad, self.dequantize(packed, grad.dtype))
+        return times(grad, self.stored(packed))
 
     def infer(self, x: Tensor, packed: Packed) -> Tensor:
         """`matmul`: activations are never quantized."""

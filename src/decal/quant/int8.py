@@ -28,7 +28,7 @@ from torch import Tensor
 
 from decal.kernels import ops
 from decal.kernels.stored import Stored
-from decal.quant.base import Packed, Recipe, check_weight
+from decal.quant.base import Packed, Recipe, check_weight, times, times_transpose
 
 OUTLIER = 6.0
 """Magnitude of activations from which a column keeps 16 bits."""
@@ -67,11 +67,11 @@ class RowFormat:
 
     def matmul(self, x: Tensor, packed: Packed) -> Tensor:
         """x [..., in] times the weight's transpose -> [..., out] in x's dtype."""
-        return torch.nn.functional.linear(x, self.dequantize(packed, x.dtype))
+        return times_transpose(x, self.stored(packed))
 
     def matmul_t(self, grad: Tensor, packed: Packed) -> Tensor:
         """grad [..., out] times the weight -> [..., in] in grad's dtype."""
-        return torch.matmul(grad, self.dequantize(packed, grad.dtype))
+        return times(grad, self.stored(packed))
 
     def infer(self, x: Tensor, packed: Packed) -> Tensor:
         """x [..., in] -> [..., out] in x's dtype, through 8-bit activations; no gradient."""
