@@ -19,10 +19,10 @@
 // Rejected: packing `a` too (it is read by rows, which the broadcast of a pair can do in place);
 // one panel per thread row block; a group of strips packed together (no gain, more L2).
 #include <algorithm>
-#include <cstdlib>
 
 #include "dropout.h"
 #include "parallel.h"
+#include "room.h"
 #include "stored.h"
 #include "tiles.h"
 
@@ -71,22 +71,6 @@ constexpr int64_t STEP = 2;
 using Panel = float;
 constexpr int64_t STEP = 1;
 #endif
-
-// Memory of one thread that grows and is used again by its next call.
-template <class T>
-struct Room {
-    T* at = nullptr;
-    size_t size = 0;
-    T* get(size_t n) {
-        if (n > size) {
-            free(at);
-            size = (n * sizeof(T) + 4095) / 4096 * 4096 / sizeof(T);
-            at = static_cast<T*>(aligned_alloc(4096, size * sizeof(T)));
-        }
-        return at;
-    }
-    ~Room() { free(at); }
-};
 
 // --- packing -------------------------------------------------------------------------------------
 

@@ -147,3 +147,31 @@ def test_wheel(compiler: str, tmp_path: Path) -> None:
     else:
         assert libraries == []
         assert wheel.name.endswith("-any.whl")
+
+
+def test_instruction_sets_share_no_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A function that two of them define under one name is linked from either.
+
+    Fails when a kernel uses std::vector, whose functions would then run AVX-512 on a processor
+    without it.
+    """
+    needs_compiler()
+    if shutil.which("nm") is None:
+        pytest.skip("no nm to list symbols with")
+    loaded = runpy.run_path(str(BUILD))
+    commands: list[list[object]] = []
+    real = subprocess.run
+
+    def run(command: list[object], **given: object) -> object:
+        commands.append(command)
+        return real(command, **given)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "run", run)
+    loaded["build"](tmp_path / "_native.so")  # its objects are those that `make native` keeps
+    linked = next(command for command in commands if "-shared" in command)
+    objects = [o for o in linked if str(o).endswith(".o")]
+    kernels = [o for o in objects if Path(str(o)).name.split("-")[0] not in loaded["ONCE"]]
+    text = subprocess.check_output(["nm", "--demangle", "--defined-only", *map(str, kernels)])
+    symbols = [line.split(maxsplit=2) for line in text.decode().splitlines()]
+    weak = {s[2] for s in symbols if len(s) == 3 and s[1] in "WVu" and "decal_" not in s[2]}
+    assert not weak
