@@ -31,6 +31,11 @@ INLINE float value_at(const bf16* x, int64_t i) { return to_float(x[i]); }
 INLINE float value_at(const float* x, int64_t i) { return x[i]; }
 INLINE float magnitude(float x) { return __builtin_fabsf(x); }
 INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
+#if defined(__AVX512F__)
+INLINE vi larger(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+#else
+INLINE vi larger(vi a, vi b) { return a > b ? a : b; }
+#endif
 
 // Rounding to bf16 of finite values, denormals included.
 INLINE vh rounded(vf x) {
@@ -42,23 +47,26 @@ INLINE void put(float* p, vf x) { store(p, x); }
 INLINE void put(bf16* p, float x) { *p = to_bf16(x); }
 INLINE void put(float* p, float x) { *p = x; }
 
+// The largest magnitude; NaN if there is one. Bits of magnitudes are in the order of the numbers as
+// integers, NaN above infinity, which the maxima of floats leave out.
 template <class T>
 INLINE float absmax_of(const T* x, int64_t n) {
-    vf most = vf{}, other = vf{};
+    vi most = vi{}, other = vi{};
     int64_t i = 0;
     for (; i + 2 * W <= n; i += 2 * W) {
-        most = max(most, magnitude(load(x + i)));
-        other = max(other, magnitude(load(x + i + W)));
+        most = larger(most, (vi)magnitude(load(x + i)));
+        other = larger(other, (vi)magnitude(load(x + i + W)));
     }
+    most = larger(most, other);
+    for (; i < n; i += W) most = larger(most, (vi)magnitude(load_part(x + i, n - i < W ? n - i : W)));
 #if defined(__AVX512F__)
-    float out = _mm512_reduce_max_ps((__m512)max(most, other));
+    int32_t bits = _mm512_reduce_max_epi32((__m512i)most);
 #else
-    float out = largest(max(most, other));
+    int32_t bits = 0;
+    for (int lane = 0; lane < W; ++lane) bits = most[lane] > bits ? most[lane] : bits;
 #endif
-    for (; i < n; ++i) {
-        float next = magnitude(value_at(x, i));
-        out = next > out ? next : out;
-    }
+    float out;
+    memcpy(&out, &bits, 4);
     return out;
 }
 

@@ -139,6 +139,26 @@ def test_halves_go_to_the_even_code(isa: str) -> None:
     assert same(native_quant.quantize_rows(x), reference_int8.quantize_rows(x))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity_show_in_the_scales(isa: str, dtype: torch.dtype) -> None:
+    """Fails when the largest magnitude is a maximum of floats, which leaves NaN out."""
+    x = torch.randn(9, 77).to(dtype)
+    for row, column in enumerate((0, 3, 20, 63, 64, 76)):
+        x[row, column] = torch.nan
+    x[6, 76], x[7, 1], x[7, 2] = -torch.inf, torch.nan, torch.inf
+    codes, absmax = native_quant.quantize_rows(x)
+    wanted_codes, wanted = reference_int8.quantize_rows(x)
+    assert torch.equal(codes, wanted_codes)
+    torch.testing.assert_close(absmax, wanted, rtol=0, atol=0, equal_nan=True)
+    flat = x.view(-1)
+    for block_size in (64, 256):
+        found = native_quant.quantize_8bit(flat, MAP, block_size)[1]
+        bad = flat.split(block_size)
+        assert found.isnan().tolist() == [bool(part.isnan().any()) for part in bad]
+        found = native_quant.quantize_4bit(flat, CODES["nf4"], block_size)[1]
+        assert found.isnan().tolist() == [bool(part.isnan().any()) for part in bad]
+
+
 def test_what_the_library_does_not_take_is_left_to_the_reference() -> None:
     """Fails when a strided tensor is read as if it had no gaps, or without the library at all."""
     x, code = torch.randn(256), CODES["nf4"]
