@@ -313,15 +313,6 @@ struct Piece {
 
 INLINE int64_t panel_depth(int64_t k) { return STEP == 2 ? (k + 31) / 32 * 32 / 2 : k; }
 
-inline void pack(const Product& p, const Piece& piece, int64_t n0, int width, Panel* panel, bf16* room) {
-    const Segment& s = *piece.segment;
-    Panel* own = panel + piece.panel * width;
-    if (s.across)
-        pack_across(s, n0, p.N, width, piece.begin, piece.end, p.masked == right ? p.keep : nullptr, own);
-    else
-        pack_along(s, n0, p.N, width, piece.begin, piece.end, own, room);
-}
-
 inline void finish(const Product& p, const float* c, int64_t row, int rows, int64_t n0, int width) {
     int64_t held = std::min<int64_t>(width, p.N - n0);
     for (int i = 0; i < rows; ++i) {
@@ -354,19 +345,26 @@ inline void finish(const Product& p, const float* c, int64_t row, int rows, int6
     }
 }
 
-// Rows [r0, r1) of one pass over a strip. `between` holds C in float where there are several passes.
+// One pass over a strip: what of the contraction it covers, packed.
+struct Pass {
+    const Piece* pieces;
+    int count;
+    const Panel* panel;
+    bool first, last;
+};
+
+// `between` holds C of these rows in float where there are several passes.
 template <int V>
-void sweep(const Product& p, const Piece* pieces, int count, const Panel* panel, int64_t n0, Range rows,
-           float* between, bool first, bool last) {
+void sweep(const Product& p, const Pass& pass, int64_t n0, Range rows, float* between) {
     constexpr int R = tall(V), width = V * W;
     alignas(64) float c[TALLEST * WIDTH];
     static thread_local Room<bf16> masked;
     for (int64_t row = rows.begin; row < rows.end; row += R) {
         int height = static_cast<int>(std::min<int64_t>(R, rows.end - row));
         float* held = between ? between + (row - rows.begin) * width : nullptr;
-        if (!first) memcpy(c, held, height * width * sizeof(float));
-        for (int i = 0; i < count; ++i) {
-            const Piece& piece = pieces[i];
+        if (!pass.first) memcpy(c, held, height * width * sizeof(float));
+        for (int i = 0; i < pass.count; ++i) {
+            const Piece& piece = pass.pieces[i];
             const Segment& s = *piece.segment;
             int64_t depth = piece.end - piece.begin;
             Rows block{s.a + row * s.lda + piece.begin, s.lda, height};
@@ -376,27 +374,15 @@ void sweep(const Product& p, const Piece* pieces, int count, const Panel* panel,
                     drop(*p.keep, row + h, piece.begin, depth, block.a + h * s.lda, room + h * depth);
                 block = {room, depth, height};
             }
-            multiply<V>(block, panel + piece.panel * width, depth, c, first && i == 0);
+            multiply<V>(block, pass.panel + piece.panel * width, depth, c, pass.first && i == 0);
             if (p.masked == after_first && piece.segment == p.segments && piece.end == s.k)
                 for (int h = 0; h < height; ++h)
                     drop(*p.keep, row + h, n0, std::min<int64_t>(width, p.N - n0), c + h * width);
         }
-        if (last)
+        if (pass.last)
             finish(p, c, row, height, n0, width);
         else
             memcpy(held, c, height * width * sizeof(float));
-    }
-}
-
-inline void strip(const Product& p, const Piece* pieces, int count, const Panel* panel, int64_t n0,
-                  int vectors, Range rows, float* between, bool first, bool last) {
-    switch (vectors) {
-        case 1: return sweep<1>(p, pieces, count, panel, n0, rows, between, first, last);
-        case 2: return sweep<2>(p, pieces, count, panel, n0, rows, between, first, last);
-#if DECAL_W == 16
-        case 3: return sweep<3>(p, pieces, count, panel, n0, rows, between, first, last);
-        case 4: return sweep<4>(p, pieces, count, panel, n0, rows, between, first, last);
-#endif
     }
 }
 
@@ -414,12 +400,39 @@ constexpr int64_t GROUP = 1 << 18, BLOCK = 32;
 constexpr int64_t GROUP = 0, BLOCK = INT64_MAX / 2;
 #endif
 
+// Floats of C between passes. All strips that fit go through a pass together, so that the rows of a
+// deep weight are read once, side by side, and not 128 bytes at a time all over it.
+constexpr int64_t BETWEEN = 1 << 20;
+
 struct Strip {
     int64_t n0;
     int vectors;
-    Panel* panel;
     float* between;
 };
+
+// Rows that begin `below` rows under the thread's first.
+inline void strip(const Product& p, const Pass& pass, const Strip& s, Range rows, int64_t below) {
+    float* between = s.between ? s.between + below * s.vectors * W : nullptr;
+    switch (s.vectors) {
+        case 1: return sweep<1>(p, pass, s.n0, rows, between);
+        case 2: return sweep<2>(p, pass, s.n0, rows, between);
+#if DECAL_W == 16
+        case 3: return sweep<3>(p, pass, s.n0, rows, between);
+        case 4: return sweep<4>(p, pass, s.n0, rows, between);
+#endif
+    }
+}
+
+inline void pack(const Product& p, const Piece& piece, const Strip& strip, Panel* panel, bf16* room) {
+    const Segment& s = *piece.segment;
+    int width = strip.vectors * W;
+    Panel* own = panel + piece.panel * width;
+    const Keep* keep = p.masked == right ? p.keep : nullptr;
+    if (s.across)
+        pack_across(s, strip.n0, p.N, width, piece.begin, piece.end, keep, own);
+    else
+        pack_along(s, strip.n0, p.N, width, piece.begin, piece.end, own, room);
+}
 
 // The pieces that come next: at most DEPTH deep. Moves `segment` and `at` behind them.
 inline int take(const Product& p, int& segment, int64_t& at, Piece* pieces, int most) {
@@ -450,34 +463,37 @@ inline void part(const Product& p, Range rows, Range columns) {
     for (int i = 0; i < p.count; ++i) deep += p.segments[i].k;
     bool passes = deep > DEPTH || p.count > MOST;
     int64_t height = rows.end - rows.begin;
-    int64_t size = panel_depth(std::min(deep, DEPTH)) + 16 * (std::min(p.count, MOST) + 1);
-    int64_t most = std::max<int64_t>(1, GROUP / (size * WIDTH));
-    Strip strips[64];
-    most = std::min<int64_t>(most, 64);
-    Panel* panel = panels.get(most * size * WIDTH);
+    int64_t size = (panel_depth(std::min(deep, DEPTH)) + 16 * (std::min(p.count, MOST) + 1)) * WIDTH;
+    constexpr int64_t STRIPS = 64;
+    Strip strips[STRIPS];
+    int64_t group = std::clamp<int64_t>(GROUP / size, 1, STRIPS);
+    int64_t most = passes ? std::clamp<int64_t>(BETWEEN / (height * WIDTH), group, STRIPS) : group;
+    Panel* panel = panels.get(group * size);
     bf16* room = rooms.get((DEPTH + 32) * WIDTH);
     float* between = passes ? floats_between.get(most * height * WIDTH) : nullptr;
     for (int64_t n0 = columns.begin; n0 < columns.end;) {
         int64_t held = 0;
         for (; held < most && n0 < columns.end; ++held) {
             int vectors = next_width((columns.end - n0 + W - 1) / W);
-            float* own = between ? between + held * height * WIDTH : nullptr;
-            strips[held] = {n0, vectors, panel + held * size * WIDTH, own};
+            strips[held] = {n0, vectors, between ? between + held * height * WIDTH : nullptr};
             n0 += vectors * W;
         }
         int segment = 0;
         int64_t at = 0;
         for (bool first = true; segment < p.count; first = false) {
             int count = take(p, segment, at, pieces, MOST);
-            for (int64_t i = 0; i < held; ++i)
-                for (int j = 0; j < count; ++j) pack(p, pieces[j], strips[i].n0, strips[i].vectors * W, strips[i].panel, room);
-            for (int64_t row = rows.begin; row < rows.end; row += BLOCK)
-                for (int64_t i = 0; i < held; ++i) {
-                    const Strip& s = strips[i];
-                    float* own = s.between ? s.between + (row - rows.begin) * s.vectors * W : nullptr;
-                    Range block{row, std::min(rows.end, row + BLOCK)};
-                    strip(p, pieces, count, s.panel, s.n0, s.vectors, block, own, first, segment == p.count);
-                }
+            for (int64_t begin = 0; begin < held; begin += group) {
+                int64_t end = std::min(held, begin + group);
+                for (int64_t i = begin; i < end; ++i)
+                    for (int j = 0; j < count; ++j)
+                        pack(p, pieces[j], strips[i], panel + (i - begin) * size, room);
+                for (int64_t row = rows.begin; row < rows.end; row += BLOCK)
+                    for (int64_t i = begin; i < end; ++i) {
+                        Range block{row, std::min(rows.end, row + BLOCK)};
+                        Pass pass{pieces, count, panel + (i - begin) * size, first, segment == p.count};
+                        strip(p, pass, strips[i], block, row - rows.begin);
+                    }
+            }
         }
     }
 }
