@@ -110,8 +110,7 @@ def project_back(
     step = rows_at_once(dx.shape[1], dx.device)
     for start in range(0, dx.shape[0], step):
         rows = slice(start, start + step)
-        update = dz[rows] @ A
-        dx[rows] += update.masked_fill_(~keep.mask(start, start + step), 0.0)
+        dx[rows] += keep.dropped(dz[rows] @ A, start)
     return dx
 
 
@@ -122,7 +121,7 @@ def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None) -> Tensor:
     z = x.new_empty(x.shape[0], A.shape[0])
     step = rows_at_once(x.shape[1], x.device)
     for start in range(0, x.shape[0], step):
-        part = _kept(x[start : start + step], keep, start)
+        part = keep.dropped(x[start : start + step], start)
         torch.mm(part, A.t(), out=z[start : start + step])
     return z
 
@@ -136,7 +135,7 @@ def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Tensor:
     """
     wide = torch.promote_types(p.dtype, torch.float32)
     if p.is_cuda:
-        q = q if keep is None else _kept(q, keep, 0)
+        q = q if keep is None else keep.dropped(q, 0)
         return p.t() @ q if p.dtype == wide else torch.mm(p.t(), q, out_dtype=wide)
     if p.dtype == wide and keep is None:
         return p.t() @ q
@@ -146,11 +145,6 @@ def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Tensor:
         step = min(step, rows_at_once(q.shape[1], q.device))
     for start in range(0, p.shape[0], step):
         part = q[start : start + step]
-        part = part if keep is None else _kept(part, keep, start)
+        part = part if keep is None else keep.dropped(part, start)
         total.addmm_(p[start : start + step].to(wide).t(), part.to(wide))
     return total
-
-
-def _kept(x: Tensor, keep: Keep, start: int) -> Tensor:
-    """x with zeros where `keep`, from row `start` on, drops."""
-    return x.where(keep.mask(start, start + x.shape[0]), x.new_zeros(()))

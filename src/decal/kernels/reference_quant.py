@@ -23,7 +23,8 @@ keeps the order of cells.
 
 Dequantizing looks up whole bytes: a table of the 256 pairs of code values, read as one 64-bit item,
 halves the lookups and needs no shift and no mask. Work is done in chunks so that the temporaries
-stay in the cache; on an accelerator the chunks are larger, since launches cost more than memory.
+stay in the cache, and dequantizing allocates its own once: fresh pages cost more than the
+arithmetic. On an accelerator the chunks are larger, since launches cost more than memory.
 A 65536-entry table of four values at a time was tried: no faster, it no longer fits the L1 cache.
 """
 
@@ -34,6 +35,8 @@ from torch import Tensor
 
 _CPU_CHUNK = 1 << 20
 """Values per chunk on a CPU; a multiple of every block size."""
+_CPU_BLOCKS = 1 << 12
+"""Blocks that are dequantized at one time on a CPU."""
 _DEVICE_CHUNK = 1 << 26
 _TINY = 1e-38
 """Smallest scale that is divided by, as in bitsandbytes."""
@@ -132,11 +135,16 @@ def dequantize_4bit(
     pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], 1)
     pairs = pairs.view(torch.float64).view(-1)
     out = torch.empty(n, dtype=dtype, device=packed.device)
-    chunk = _chunk(packed.device)
+    on_cpu = packed.device.type == "cpu"
+    chunk = min(block_size * _CPU_BLOCKS, _CPU_CHUNK) if on_cpu else _DEVICE_CHUNK
+    index = torch.empty(min(chunk, n + 1) // 2, dtype=torch.int32, device=packed.device)
+    looked_up = torch.empty(index.shape, dtype=torch.float64, device=packed.device)
     for start in range(0, n, chunk):
         stop = min(start + chunk, n)
-        index = packed[start // 2 : (stop + 1) // 2].int()
-        values = pairs.index_select(0, index).view(torch.float32)[: stop - start]
+        size = (stop + 1 - start) // 2
+        index[:size] = packed[start // 2 : start // 2 + size]
+        torch.index_select(pairs, 0, index[:size], out=looked_up[:size])
+        values = looked_up.view(torch.float32)[: stop - start]
         scales = absmax[start // block_size : -(-stop // block_size)]
         full = values.numel() - values.numel() % block_size
         values[:full].view(-1, block_size).mul_(scales[: full // block_size, None])

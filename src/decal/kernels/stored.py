@@ -72,12 +72,18 @@ class Keep(NamedTuple):
         rows = slice(start, stop)
         return reference_dropout.kept(self.offset[rows], self.factor[rows], self.column, self.least)
 
+    def dropped(self, x: Tensor, start: int) -> Tensor:
+        """A new [n, F]: rows x, the first of which is row `start`, with zeros where dropped."""
+        rows = slice(start, start + x.shape[0])
+        words = (self.offset[rows], self.factor[rows], self.column, self.least)
+        return reference_dropout.dropped(x, *words)
+
     def drop_(self, x: Tensor) -> Tensor:
         """x [T, F] with zeros where it is dropped, in place."""
         step = rows_at_once(x.shape[1], x.device)
         for start in range(0, x.shape[0], step):
             stop = start + step
-            x[start:stop].masked_fill_(~self.mask(start, stop), 0.0)
+            x[start:stop] = self.dropped(x[start:stop], start)
         return x
 
 
