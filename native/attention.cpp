@@ -160,8 +160,8 @@ INLINE void store_along(word* row, int64_t vector, vf x) {
 // --- forward -------------------------------------------------------------------------------------
 
 struct ForwardRoom {
-    Grown<word> keys, values, queries, shares;
-    Grown<float> scores, out;
+    Room<word> keys, values, queries, shares;
+    Room<float> scores, out;
     alignas(64) float top[BLOCK], total[BLOCK], factor[BLOCK];
 };
 
@@ -240,15 +240,15 @@ void forward_task(
     int64_t ld = round_up(words(a.dim), W), value_rows = round_up(a.value_dim, W);
     k += (task.start + low) * a.k_stride + task.key_head * a.dim;
     v += (task.start + low) * a.v_stride + task.key_head * a.value_dim;
-    Along{k, a.k_stride, keys, a.dim}.straight(room.keys.of(keys * ld), ld);
-    room.values.of(round_up(keys, BLOCK) * value_rows / PAIR);
+    Along{k, a.k_stride, keys, a.dim}.straight(room.keys.get(keys * ld), ld);
+    room.values.get(round_up(keys, BLOCK) * value_rows / PAIR);
     for (int64_t at = 0; at < keys; at += BLOCK)
         Across{v + at * a.v_stride, a.v_stride, std::min(BLOCK, keys - at), a.value_dim}.transposed(
             room.values.at + at / PAIR * value_rows, BLOCK_WORDS);
-    room.queries.of(ld * BLOCK);
-    room.shares.of(BLOCK_WORDS * BLOCK);
-    room.scores.of(BLOCK * BLOCK);
-    room.out.of(value_rows * BLOCK);
+    room.queries.get(ld * BLOCK);
+    room.shares.get(BLOCK_WORDS * BLOCK);
+    room.scores.get(BLOCK * BLOCK);
+    room.out.get(value_rows * BLOCK);
 
     for (int64_t head = task.key_head * a.group(); head < (task.key_head + 1) * a.group(); ++head)
         for (int64_t query = task.first; query < task.last; query += BLOCK) {
@@ -277,10 +277,10 @@ struct Gradients {
 // Operands of one key head: k and v by rows, k turned; and the sums over its query heads.
 // Operands of one block of queries: q and dout turned (for scores) and across (for dk, dv).
 struct BackwardRoom {
-    Grown<word> k, v, k_turned;
-    Grown<float> dk, dv;
-    Grown<word> q_turned, grad_turned, q_across, grad_across, shares, along, across;
-    Grown<float> scores, slopes, dq;
+    Room<word> k, v, k_turned;
+    Room<float> dk, dv;
+    Room<word> q_turned, grad_turned, q_across, grad_across, shares, along, across;
+    Room<float> scores, slopes, dq;
     alignas(64) float lse[BLOCK], delta[BLOCK], factor[BLOCK];
 };
 
@@ -341,21 +341,21 @@ float dot_rows(const bf16* a, const bf16* b, int64_t n) {
 void make_room(const Attention& a, int64_t keys, BackwardRoom& room) {
     int64_t ld = round_up(words(a.dim), W), dims = round_up(a.dim, W);
     int64_t value_ld = round_up(words(a.value_dim), W), value_dims = round_up(a.value_dim, W);
-    room.k.of(keys * ld);
-    room.v.of(keys * value_ld);
-    room.k_turned.of(round_up(keys, BLOCK) * dims / PAIR);
-    memset(room.dk.of(keys * dims), 0, keys * dims * sizeof(float));
-    memset(room.dv.of(keys * value_dims), 0, keys * value_dims * sizeof(float));
-    room.q_turned.of(ld * BLOCK);
-    room.grad_turned.of(value_ld * BLOCK);
-    room.q_across.of(BLOCK_WORDS * dims);
-    room.grad_across.of(BLOCK_WORDS * value_dims);
-    room.shares.of(BLOCK_WORDS * BLOCK);
-    room.along.of(BLOCK_WORDS * BLOCK);
-    room.across.of(BLOCK_WORDS * BLOCK);
-    room.scores.of(BLOCK * BLOCK);
-    room.slopes.of(BLOCK * BLOCK);
-    room.dq.of(dims * BLOCK);
+    room.k.get(keys * ld);
+    room.v.get(keys * value_ld);
+    room.k_turned.get(round_up(keys, BLOCK) * dims / PAIR);
+    memset(room.dk.get(keys * dims), 0, keys * dims * sizeof(float));
+    memset(room.dv.get(keys * value_dims), 0, keys * value_dims * sizeof(float));
+    room.q_turned.get(ld * BLOCK);
+    room.grad_turned.get(value_ld * BLOCK);
+    room.q_across.get(BLOCK_WORDS * dims);
+    room.grad_across.get(BLOCK_WORDS * value_dims);
+    room.shares.get(BLOCK_WORDS * BLOCK);
+    room.along.get(BLOCK_WORDS * BLOCK);
+    room.across.get(BLOCK_WORDS * BLOCK);
+    room.scores.get(BLOCK * BLOCK);
+    room.slopes.get(BLOCK * BLOCK);
+    room.dq.get(dims * BLOCK);
     for (int64_t i = 0; i < BLOCK; ++i) room.factor[i] = a.scale;
 }
 

@@ -12,8 +12,7 @@
 //
 // All names are local to the source that includes this: every source may have its own like them.
 #pragma once
-#include <cstdlib>
-
+#include "room.h"
 #include "vec.h"
 
 namespace NAMESPACE {
@@ -39,22 +38,6 @@ constexpr int WIDE = 2;
 
 INLINE int64_t words(int64_t depth) { return (depth + PAIR - 1) / PAIR; }
 INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Memory of one thread that grows and is used again by its next call.
-template <class T>
-struct Grown {
-    T* at = nullptr;
-    int64_t size = 0;
-    T* of(int64_t n) {
-        if (n > size) {
-            free(at);
-            at = static_cast<T*>(aligned_alloc(64, round_up(n * sizeof(T), 64)));
-            size = n;
-        }
-        return at;
-    }
-    ~Grown() { free(at); }
-};
 
 INLINE vw load_words(const word* p) { return *reinterpret_cast<const vw*>(p); }
 INLINE void store_words(word* p, vw x) { *reinterpret_cast<vw*>(p) = x; }

@@ -8,7 +8,9 @@ compared to its error.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -209,3 +211,26 @@ def test_no_tokens(isa: str) -> None:
     """Fails if an empty batch reaches the kernel's arithmetic."""
     case = Case([0, 0], 2, 1, 8, 8)
     assert [x.shape for x in case.ours(None)] == [(0, 2, 8), (0, 2, 8), (0, 1, 8), (0, 1, 8)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says how much is held")
+@pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="it keeps what is freed")
+def test_a_long_sequence_does_not_hold_its_scratch(
+    isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails when scratch memory only ever grows."""
+    monkeypatch.setattr(native, "threads", lambda: 1)  # scratch is the thread's
+
+    def held() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def backward(tokens: int) -> None:
+        edges = torch.tensor([0, tokens])
+        q, k, v = (torch.randn(tokens, 1, 64).bfloat16() for _ in range(3))
+        out, lse = native_attention.attention_flat_forward(q, k, v, edges, 0.1, 8)
+        native_attention.attention_flat_backward(out, q, k, v, out, lse, edges, 0.1, 8)
+
+    backward(1 << 16)  # its scratch is more than 50 MB
+    before = held()
+    backward(64)
+    assert before - held() > 30e6
