@@ -498,6 +498,9 @@ inline void part(const Product& p, Range rows, Range columns) {
     }
 }
 
+// Multiplications below which waking a second thread takes longer than it saves.
+constexpr int64_t SMALL = 1 << 21;
+
 // Threads along rows and columns: the grid whose largest part, packing included, is the least work.
 inline void grid(int64_t M, int64_t N, int threads, int& tall_, int& wide) {
     constexpr int64_t packing = 48;  // rows' worth of work to pack a strip
@@ -518,6 +521,9 @@ EXPORT(gemm)(const NAMESPACE::Product* given, int threads) {
     using namespace NAMESPACE;
     const Product& p = *given;
     if (p.M == 0 || p.N == 0) return;
+    int64_t deep = 0;
+    for (int i = 0; i < p.count; ++i) deep += p.segments[i].k;
+    if (p.M * p.N * deep < SMALL) threads = 1;
     decal::for_each_thread(threads, [&](int thread, int of) {
         [[maybe_unused]] Tiles tiles;
         int tall_ = 1, wide = 1;
