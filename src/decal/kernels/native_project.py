@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from decal.kernels import native
-from decal.kernels.native_stored import StoredStruct, dense_struct, pointer, stored_struct
+from decal.kernels.native_stored import (
+    StoredStruct,
+    dense_struct,
+    is_rows,
+    pointer,
+    readable,
+    stored_struct,
+)
 from decal.kernels.stored import Keep, Stored
 
 _NOTHING, _AFTER_FIRST, _LEFT, _RIGHT = range(4)
@@ -66,10 +73,18 @@ def project(
     low: tuple[Tensor, Tensor] | None = None,
     add: Tensor | None = None,
 ) -> Any:
-    rows = [x, *(low or ()), *(t for t in (add,) if t is not None)]
-    if not _takes(rows, [weight], bias):
+    T, (N, K) = x.shape[0], weight.shape
+    rows = [(x, (T, K))]
+    if low is not None:
+        rank = low[0].shape[1]
+        rows += [(low[0], (T, rank)), (low[1], (N, rank))]
+    if add is not None:
+        rows.append((add, (T, N)))
+    if bias is not None:
+        rows.append((bias[None], (1, N)))
+    if not _takes(rows, [weight]):
         return NotImplemented
-    out = x.new_empty(x.shape[0], weight.shape[0])
+    out = x.new_empty(T, N)
     segments = [_segment(x, weight, across=False)]
     if low is not None:
         segments.append(_segment(low[0], dense_struct(low[1]), across=False))
@@ -82,11 +97,17 @@ def project_back(
     low: tuple[Tensor, Tensor] | None = None,
     keep: Keep | None = None,
 ) -> Any:
-    rows = [grad for grad, _ in parts] + [*(low or ())]
-    if not _takes(rows, [weight for _, weight in parts]) or len(parts) >= _MOST:
+    T, K = parts[0][0].shape[0], parts[0][1].shape[1]
+    rows = [(grad, (T, weight.shape[0])) for grad, weight in parts]
+    if low is not None:
+        rank = low[0].shape[1]
+        rows += [(low[0], (T, rank)), (low[1], (rank, K))]
+    weights = [weight for _, weight in parts]
+    if not _takes(rows, weights) or any(weight.shape[1] != K for weight in weights):
         return NotImplemented
-    grad, weight = parts[0]
-    out = grad.new_empty(grad.shape[0], weight.shape[1])
+    if len(parts) >= _MOST or not _covers(keep, T, K):
+        return NotImplemented
+    out = parts[0][0].new_empty(T, K)
     segments = [] if low is None else [_segment(low[0], dense_struct(low[1]), across=True)]
     segments += [_segment(grad, weight, across=True) for grad, weight in parts]
     masked = low is not None and keep is not None
@@ -95,19 +116,21 @@ def project_back(
 
 
 def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None) -> Any:
-    if not _takes([x, A], []):
+    (T, K), R = x.shape, A.shape[0]
+    if not _takes([(x, (T, K)), (A, (R, K))], []) or not _covers(keep, T, K):
         return NotImplemented
-    out = x.new_empty(x.shape[0], A.shape[0])
+    out = x.new_empty(T, R)
     segments = [_segment(x, dense_struct(A), across=False)]
     _multiply(segments, out, keep=keep, masked=_NOTHING if keep is None else _LEFT)
     return out
 
 
 def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Any:
-    if not _takes([p, q], []):
+    (T, M), N = p.shape, q.shape[1]
+    if not _takes([(p, (T, M)), (q, (T, N))], []) or not _covers(keep, T, N):
         return NotImplemented
-    out = p.new_empty(p.shape[1], q.shape[1], dtype=torch.float32)
-    swapped = p.shape[1] > q.shape[1] and keep is None
+    out = p.new_empty(M, N, dtype=torch.float32)
+    swapped = M > N and keep is None
     left, right = (q, p) if swapped else (p, q)
     turned = left.t().contiguous()  # by name: a segment holds addresses only
     segments = [_segment(turned, dense_struct(right), across=True)]
@@ -116,22 +139,24 @@ def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Any:
     return out
 
 
-def _takes(rows: Sequence[Tensor], weights: Sequence[Stored], bias: Tensor | None = None) -> bool:
-    """Whether the library is there and takes these: bf16 rows without gaps inside, on a CPU."""
+def _takes(rows: Sequence[tuple[Tensor, tuple[int, int]]], weights: Sequence[Stored]) -> bool:
+    """Whether the library is there and takes these, the matrices with the shapes they must have.
+
+    The kernel trusts every size; what does not fit is left to torch, which says what is wrong.
+    """
     if native.kernel("gemm") is None:
         return False
-    for x in rows:
-        if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.dim() != 2:
-            return False
-        if x.stride(1) != 1 and x.shape[1] > 1:
-            return False
-    if bias is not None and (bias.dtype != torch.bfloat16 or not bias.is_contiguous()):
-        return False
-    return all(weight.format != "dense" or _is_rows(weight.data) for weight in weights)
+    return all(is_rows(*pair) for pair in rows) and all(readable(weight) for weight in weights)
 
 
-def _is_rows(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and (x.stride(1) == 1 or x.shape[1] == 1)
+def _covers(keep: Keep | None, rows: int, features: int) -> bool:
+    if keep is None:
+        return True
+    sizes = ((keep.offset, rows), (keep.factor, rows), (keep.column, features))
+    return all(
+        x.device.type == "cpu" and x.dtype == torch.int32 and x.shape == (n,) and x.is_contiguous()
+        for x, n in sizes
+    )
 
 
 def _segment(a: Tensor, weight: Stored | StoredStruct, *, across: bool) -> _Segment:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ctypes
 
+import torch
 from torch import Tensor
 
-from decal.kernels.stored import Stored
+from decal.kernels.stored import NESTED_BLOCK_SIZE, Stored
 
 _FORMATS = {"dense": 0, "code4": 1, "rows8": 2}
 
@@ -56,6 +57,33 @@ def stored_struct(weight: Stored) -> StoredStruct:
         code=pointer(weight.code),
         offset=float(weight.offset) if weight.offset is not None else 0.0,
     )
+
+
+def readable(weight: Stored) -> bool:
+    """Whether a kernel may read this weight: bf16 rows or packed, on a CPU, as large as it says."""
+    parts = [x for x in weight[2:8] if isinstance(x, Tensor)]
+    if any(x.device.type != "cpu" for x in parts):
+        return False
+    if weight.format == "dense":
+        return is_rows(weight.data, weight.shape)
+    rows, cols = weight.shape
+    if weight.scales is None or not all(x.is_contiguous() for x in parts):
+        return False
+    if weight.format == "rows8":
+        return weight.data.shape == weight.shape and weight.scales.shape == (rows,)
+    blocks = -(-rows * cols // weight.block_size)
+    held = weight.data.numel() == (rows * cols + 1) // 2 and weight.scales.numel() == blocks
+    if weight.nested is None:
+        return held and weight.scales.dtype == torch.float32
+    groups = -(-blocks // NESTED_BLOCK_SIZE)
+    return held and weight.scales.dtype == torch.uint8 and weight.nested.numel() == groups
+
+
+def is_rows(x: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether x is a bf16 matrix of this shape on a CPU, without gaps inside its rows."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.shape != shape:
+        return False
+    return x.shape[1] <= 1 or x.stride(1) == 1
 
 
 def pointer(tensor: Tensor | None) -> int:

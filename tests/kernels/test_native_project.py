@@ -1,0 +1,176 @@
+"""What is particular to the compiled products: sizes at the edges, foreign memory, NaN, threads.
+
+That they compute the formulas is tested with the others in test_project.py. Tolerance: bf16 rounds
+once, 2^-8, and the elements of a sum of few products are about as large as the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from decal.kernels import native, native_project, ops
+from decal.kernels.stored import Keep, Stored, keep_words
+from decal.quant import Recipe, quant_format
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="the library is not built")
+
+
+@pytest.fixture(params=native.available())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with native.forced(request.param):
+        yield request.param
+
+
+def inside(rows: int, columns: int) -> Tensor:
+    """A random matrix amid NaN: before, between and behind its rows."""
+    around = torch.full((rows + 2, columns + 7), torch.nan, dtype=torch.bfloat16)
+    around[1 : rows + 1, 3 : columns + 3] = torch.randn(rows, columns) * 0.3
+    return around[1 : rows + 1, 3 : columns + 3]
+
+
+def dense(x: Tensor) -> Stored:
+    return Stored("dense", (x.shape[0], x.shape[1]), x)
+
+
+def packed(name: str, rows: int, columns: int) -> Stored:
+    fmt = quant_format(name)
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3)) * 0.1
+    return fmt.stored(fmt.quantize(weight, Recipe(format=name)))
+
+
+def keeping(rows: int, features: int) -> Keep:
+    ids = torch.arange(rows)
+    return keep_words(1, 0, 2, 3, ids, ids * 7, features, 0.3)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=2**-7, atol=2e-2)
+
+
+EDGES = [(1, 1, 1), (2, 17, 3), (13, 16, 64), (5, 65, 31), (33, 3, 130), (0, 5, 6), (4, 0, 6)]
+
+
+@pytest.mark.parametrize(("T", "N", "K"), [*EDGES, (4, 6, 0)])
+@pytest.mark.parametrize("rank", [0, 1, 3, 16, 33])
+def test_reads_its_operands_and_nothing_else(isa: str, T: int, N: int, K: int, rank: int) -> None:
+    """Fails when the columns that fill up the last vector come from memory, or a product over no
+    columns leaves what was in the memory."""
+    x, weight, z, B, add = (
+        inside(T, K),
+        inside(N, K),
+        inside(T, rank),
+        inside(N, rank),
+        inside(T, N),
+    )
+    bias = inside(1, N)[0]
+    y = native_project.project(x, dense(weight), bias, (z, B), add)
+    close(y, (x.double() @ weight.double().T + bias + z.double() @ B.double().T + add))
+    A, keep = inside(rank, K), keeping(T, K)
+    mask = keep.mask(0, T)
+    grad = inside(T, N)
+    dx = native_project.project_back([(grad, dense(weight)), (add, dense(weight))], (z, A), keep)
+    close(dx, mask * (z.double() @ A.double()) + (grad.double() + add.double()) @ weight.double())
+    close(native_project.into_rank(x, A, keep), (mask * x.double()) @ A.double().T)
+    close(native_project.over_rows(z, x, keep), z.double().T @ (mask * x.double()))
+    close(native_project.over_rows(grad, z), grad.double().T @ z.double())
+
+
+@pytest.mark.parametrize("rank", [*range(1, 129, 18), 1000])
+def test_any_rank(isa: str, rank: int) -> None:
+    """Fails when a rank that is no multiple of a vector is cut."""
+    x, A, dz = inside(9, 70), inside(rank, 70) * 0.3, inside(9, rank) * 0.3
+    close(native_project.into_rank(x, A), x.double() @ A.double().T)
+    close(native_project.over_rows(dz, x), dz.double().T @ x.double())
+    weight = packed("nf4", 8, 70)
+    grad = torch.zeros(9, 8, dtype=torch.bfloat16)
+    close(native_project.project_back([(grad, weight)], (dz, A)), dz.double() @ A.double())
+
+
+@pytest.mark.parametrize("depth", [2047, 2049, 4100])
+def test_a_deep_contraction_goes_in_passes(isa: str, depth: int) -> None:
+    """Fails when a pass forgets the sums of the one before, or the mask is applied in each."""
+    x, weight, z, B = inside(3, depth) * 0.1, inside(5, depth), inside(3, 7), inside(5, 7)
+    y = native_project.project(x, dense(weight), None, (z, B))
+    close(y, x.double() @ weight.double().T + z.double() @ B.double().T)
+    grad, other, A, keep = inside(3, depth) * 0.1, inside(depth, 9), inside(7, 9), keeping(3, 9)
+    dx = native_project.project_back([(grad, dense(other))], (z, A), keep)
+    close(dx, keep.mask(0, 3) * (z.double() @ A.double()) + grad.double() @ other.double())
+    p, q, keep = inside(depth, 3) * 0.1, inside(depth, 9), keeping(depth, 9)
+    close(native_project.over_rows(p, q, keep), p.double().T @ (keep.mask(0, depth) * q.double()))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_show(isa: str, value: float) -> None:
+    """Training must see them. Fails when a kernel leaves out products with a weight of zero, or
+    when rows that share a block of registers share their NaN."""
+    weight = packed("nf4", 40, 70)
+    x, grad = inside(14, 70), inside(14, 40)
+    x[6, 69], grad[6, 39] = value, value
+    rows = torch.arange(14) == 6
+    for found in (
+        native_project.project(x, weight),
+        native_project.project_back([(grad, weight)]),
+        native_project.into_rank(x, inside(5, 70)),
+        native_project.over_rows(x, grad).T @ torch.zeros(70, 1),
+    ):
+        bad = ~found.isfinite()
+        assert bool(bad[rows].all()) if found.shape[0] == 14 else bool(bad.all())
+        assert found.shape[0] != 14 or not bool(bad[~rows].any())
+
+
+def test_threads_do_not_show(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads share the outputs, never one sum. Fails when they split a contraction."""
+    weight, x, grad = packed("nf4", 150, 2100), inside(61, 2100), inside(61, 150)
+
+    def products() -> list[Tensor]:
+        keep = keeping(61, 2100)
+        z = native_project.into_rank(x, inside_once, keep)
+        return [
+            z,
+            native_project.project(x, weight),
+            native_project.project_back([(grad, weight)], (z, inside_once), keep),
+            native_project.over_rows(z, x, keep),
+        ]
+
+    inside_once = inside(8, 2100)
+    found = []
+    for threads in (1, 2, 3, 4):
+        monkeypatch.setattr(native, "threads", lambda n=threads: n)
+        found.append(products())
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_what_does_not_fit_is_left_to_torch(isa: str) -> None:
+    """Fails when a kernel would read beyond the memory of an operand that is too small."""
+    weight, x, z, B = packed("nf4", 40, 70), inside(9, 70), inside(9, 5), inside(40, 5)
+    A, keep = inside(5, 70), keeping(9, 70)
+    project, back = native_project.project, native_project.project_back
+    assert project(x, weight, None, (z, B), inside(9, 40)) is not NotImplemented
+    refused = [
+        project(x[:, :64], weight),
+        project(x, weight, B[:39, 0].contiguous()),
+        project(x, weight, None, (z[:8], B)),
+        project(x, weight, None, (z, B[:, :4])),
+        project(x, weight, None, None, inside(8, 40)),
+        project(x, weight._replace(data=weight.data[:-1])),
+        project(x, weight._replace(scales=weight.scales[:-1])),  # type: ignore[index]
+        project(x, weight._replace(data=weight.data.to("meta"))),
+        project(x.float(), weight),
+        back([(x, weight)]),
+        back([(inside(9, 40), weight), (inside(8, 40), weight)]),
+        back([(inside(9, 40), weight)], (z, A[:, :69]), keep),
+        back([(inside(9, 40), weight)], (z, A), keeping(8, 70)),
+        native_project.into_rank(x, A[:, :69]),
+        native_project.into_rank(x, A, keeping(9, 69)),
+        native_project.over_rows(z[:8], x),
+        native_project.over_rows(z, x, keep._replace(factor=keep.factor.long())),
+    ]
+    assert all(found is NotImplemented for found in refused)
+    with pytest.raises(RuntimeError):
+        ops.project(x[:, :64], weight)
