@@ -199,7 +199,15 @@ def _bound(name: str, of: str) -> Any:
 
 
 def kernel(name: str) -> Callable[..., None] | None:
-    """The compiled function of an op in the instruction set in use; None where there is none."""
+    """The compiled function of an op in the instruction set in use; None where there is none.
+
+    None too where torch's operators are recorded or replaced (torch.compile, tracing, fake
+    tensors): what they do not see is lost, and fake tensors have no memory to read.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
+    if torch._C._len_torch_dispatch_stack():
+        return None
     chosen = isa()
     return None if chosen is None else _bound(name, chosen)
 
