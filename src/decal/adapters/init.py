@@ -9,12 +9,14 @@ the alternative; adding a target would then change the start of all layers behin
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Start = bool | Literal["gaussian"]
+_MASTER: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""Whatever torch's defaults are."""
 
 
 def module_generator(seed: int, module: str) -> torch.Generator:
@@ -26,7 +28,7 @@ def module_generator(seed: int, module: str) -> torch.Generator:
 def uniform_by_fan_in(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     """float32 [rows, columns], uniform in +-1/sqrt(columns): He et al. 2015 with slope sqrt(5)."""
     bound = shape[1] ** -0.5
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return torch.empty(shape, **_MASTER).uniform_(-bound, bound, generator=generator)
 
 
 def start_values(
@@ -47,12 +49,12 @@ def start_values(
     """
     rows, columns = shape
     if kind == "embedding":
-        B = torch.empty(rows, r).normal_(generator=generator)
-        A = torch.zeros(r, columns)
+        B = torch.empty(rows, r, **_MASTER).normal_(generator=generator)
+        A = torch.zeros(r, columns, **_MASTER)
         return (A if how else A.normal_(generator=generator)), B
     if how == "gaussian":
-        A = torch.empty(r, columns).normal_(0.0, 1.0 / r, generator=generator)
+        A = torch.empty(r, columns, **_MASTER).normal_(0.0, 1.0 / r, generator=generator)
     else:
         A = uniform_by_fan_in((r, columns), generator)
-    B = torch.zeros(rows, r) if how else uniform_by_fan_in((rows, r), generator)
+    B = torch.zeros(rows, r, **_MASTER) if how else uniform_by_fan_in((rows, r), generator)
     return A, B

@@ -113,7 +113,7 @@ class Drawn(NamedTuple):
     @classmethod
     def now(cls, p: float) -> Drawn:
         """A new mask. Recomputation draws it again: checkpointing puts torch's generator back."""
-        return cls(int(torch.randint(1 << 62, ())), p)
+        return cls(int(torch.randint(1 << 62, (), device="cpu")), p)
 
     def words(self, rows: int, features: int, device: torch.device) -> Keep:
         """What to keep of an input of so many rows and features."""
@@ -278,7 +278,7 @@ class Lora(nn.Module):
             scale=config.scaling_of(slot.module),
             dropout=config.lora_dropout,
             slot=slot,
-            B_bias=torch.zeros(out, device=slot.device) if config.lora_bias else None,
+            B_bias=torch.zeros_like(B[:, 0]) if config.lora_bias else None,
         )
 
     def forward(

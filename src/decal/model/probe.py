@@ -170,7 +170,8 @@ def _token_ids(model: Any) -> Tensor | None:
     if not isinstance(embedding, nn.Embedding):
         return None
     rows = embedding.num_embeddings
-    ids = torch.randint(rows, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    ids = torch.randint(rows, (1, TOKENS), generator=generator, device="cpu")
     pad = getattr(model.config.get_text_config(), "pad_token_id", None)
     ids[ids == (-1 if pad is None else pad)] = (0 if pad is None else pad + 1) % rows
     return ids.to(embedding.weight.device)
