@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from decal.adapters import lines
 from decal.adapters.base import BaseLayer, Piece, Routing, current_routing
@@ -124,6 +125,8 @@ def group_of(
     device = like.device
     if routing.segments or device.type == "meta" or torch.is_autocast_enabled(device.type):
         return None
+    if type(like) not in _PLAIN or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return None
     found: list[Line] = []
     drops: list[Dropout | Drawn | None] = []
     for layer in layers:
@@ -177,12 +180,16 @@ def _shares(lora: Lora, dropout: Dropout | Drawn | None, routing: Routing) -> bo
     return own == (dropout.adapter, dropout.input, dropout.p)
 
 
-def watched(module: nn.Module) -> bool:
-    """Whether hooks or a forward of its own hang on a module, which must then be called."""
+def watched(module: nn.Module, but: str = "") -> bool:
+    """Whether hooks or a forward of its own hang on a module, which must then be called.
+
+    Hooks on all modules count; forward hooks defined in the Python module `but` do not.
+    """
     return bool(
-        module._forward_hooks
+        any(hook.__module__ != but for hook in module._forward_hooks.values())
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or torch_module._has_any_global_hook()
     )

@@ -44,11 +44,12 @@ class Stored(NamedTuple):
 
     @property
     def written(self) -> int:
-        """How often the tensors were written to in place; a frozen weight's stays as it is."""
-        found = self.data._version
-        for part in (self.scales, self.nested, self.offset):
-            found += 0 if part is None else part._version
-        return found
+        """How often the tensors were written to in place; a frozen weight's stays as it is.
+
+        Those made in inference mode do not count, and have no backward to be wrong in.
+        """
+        parts = (self.data, self.scales, self.nested, self.offset)
+        return sum(x._version for x in parts if x is not None and not x.is_inference())
 
 
 class Keep(NamedTuple):

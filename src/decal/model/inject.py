@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from types import MethodType
+from functools import partial
 from typing import cast
 
 from torch import nn
@@ -202,8 +202,8 @@ def _freeze(model: nn.Module) -> Attached:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.decal_adapters = attached  # type: ignore[assignment]
-    # A method of this model and not a function over it: deepcopy then binds it to the copy.
-    model.save_pretrained = MethodType(save_adapters, model)  # type: ignore[assignment]
+    # A partial and no closure: copies and pickles of it hold the model's own copy.
+    model.save_pretrained = partial(save_adapters, model)  # type: ignore[assignment]
     attached.hooks = [
         model.register_load_state_dict_pre_hook(take_peft_keys),
         model.register_load_state_dict_post_hook(forget_peft_keys),

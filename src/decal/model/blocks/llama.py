@@ -27,6 +27,9 @@ ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 GROUPS = (ATTENTION[:3], ATTENTION[3:], MLP[:2], MLP[2:])
 """Projections by the input that they share."""
+_RECORDERS = "transformers.utils.output_capturing"
+"""Leaves a hook on attention modules with the first pass that asks for hidden states. It records
+attention weights, which ours does not return."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,19 @@ class Block:
             for parent, names in ((self.attention, ATTENTION), (self.mlp, MLP))
             for name in names
         }
-        self.whole = (self.attention, self.mlp, self.mlp.act_fn, *norms)
+        self.parts: list[tuple[nn.Module, str, nn.Module]] = [
+            (parent, key, child)
+            for parent in (layer, self.attention, self.mlp)
+            for key, child in parent._modules.items()
+            if key not in self.layers
+        ]
 
     def plan(self, routing: Routing, x: Tensor, kwargs: dict[str, Any]) -> Plan | None:
         """What a pass over the rows x [T, H] computes; None where only the layer's forward can.
 
         `kwargs` are what the layer's forward was given.
         """
-        if any(watched(module) for module in self.whole) or not self._in_place():
+        if not self._in_place() or any(watched(part, _RECORDERS) for *_, part in self.parts):
             return None
         norms = [Norm(norm.weight, norm.variance_epsilon) for norm in self.norms]
         if any(n.weight.requires_grad or n.weight.dtype != x.dtype for n in norms):
@@ -123,6 +131,7 @@ class Block:
         """What layers have in common that one proof, with adapter `name`, holds for."""
         own: list[Any] = [self.window, self.attention.head_dim, self.attention.scaling]
         own += [(norm.variance_epsilon, norm.weight.dtype) for norm in self.norms]
+        own += [type(part) for *_, part in self.parts]
         for layer in self.layers.values():
             weight, bias = layer.base.stored(), layer.base.bias  # type: ignore[attr-defined]
             lora: Any = layer.adapters[name] if name in layer.adapters else None  # noqa: SIM401
@@ -132,9 +141,9 @@ class Block:
         return tuple(own)
 
     def _in_place(self) -> bool:
-        """Whether the projections are still the modules that stood there."""
-        return all(
-            parent._modules[name] in (self.layers[name], self.layers[name].base_layer)
+        """Whether all parts are still the modules that stood there."""
+        return all(parent._modules.get(name) is part for parent, name, part in self.parts) and all(
+            parent._modules.get(name) in (self.layers[name], self.layers[name].base_layer)
             for parent, names in ((self.attention, ATTENTION), (self.mlp, MLP))
             for name in names
         )

@@ -15,7 +15,6 @@ Under gradient checkpointing the routing is looked up before the recomputed part
 from __future__ import annotations
 
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -33,10 +32,7 @@ _CALLS_CHECKPOINT = "__call__" in vars(GradientCheckpointingLayer)
 
 
 def forward(layer: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Stands in for a decoder layer's forward: fused where the pass allows it.
-
-    It is called `forward`, so that a pickled layer comes back with its own.
-    """
+    """Stands in for a decoder layer's forward: fused where the pass allows it."""
     plan = None if args else _plan(layer, hidden_states, kwargs)
     if plan is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
@@ -109,11 +105,11 @@ def release(model: nn.Module) -> None:
     for module in model.modules():
         if module.__dict__.pop("decal_block", None) is not None:
             own = module.__dict__.get("forward")
-            if getattr(own, "__func__", None) is forward:
+            if getattr(own, "func", None) is forward:
                 del module.__dict__["forward"]
 
 
 def _shadow(layer: nn.Module, block: Block) -> None:
     layer.__dict__["decal_block"] = block
-    # A method of this layer: deepcopy then binds it to the copy.
-    layer.__dict__["forward"] = MethodType(forward, layer)
+    # Copies and pickles of a partial hold the layer's own copy.
+    layer.__dict__["forward"] = partial(forward, layer)
