@@ -131,6 +131,8 @@ inline void pack_along(const Segment& s, int64_t n0, int64_t N, int width, int64
 #endif
 }
 
+constexpr int64_t ROWS_AHEAD = 16;
+
 // A strip of W: columns [n0, n0 + width) of C are columns of W; the contraction is rows [k0, k1).
 inline void pack_across(const Segment& s, int64_t n0, int64_t N, int width, int64_t k0, int64_t k1,
                         const Keep* keep, Panel* panel) {
@@ -138,6 +140,7 @@ inline void pack_across(const Segment& s, int64_t n0, int64_t N, int width, int6
     int64_t held = std::min<int64_t>(width, N - n0);
     int64_t end = STEP == 2 ? k0 + (k1 - k0 + 31) / 32 * 32 : k1;
     for (int64_t k = k0; k < end; k += STEP) {
+        for (int64_t i = 0; i < STEP; ++i) row_ahead(s.weight, k + i + ROWS_AHEAD, n0, n0 + held);
         const bf16* rows[2];
         for (int64_t i = 0; i < STEP; ++i) {
             rows[i] = room[i];
@@ -315,13 +318,15 @@ INLINE int64_t panel_depth(int64_t k) { return STEP == 2 ? (k + 31) / 32 * 32 / 
 
 inline void finish(const Product& p, const float* c, int64_t row, int rows, int64_t n0, int width) {
     int64_t held = std::min<int64_t>(width, p.N - n0);
+    if (p.output == floats_transposed) {
+        for (int64_t j = 0; j < held; ++j) {
+            float* out = static_cast<float*>(p.out) + (n0 + j) * p.ldout + row;
+            for (int i = 0; i < rows; ++i) out[i] = c[i * width + j];
+        }
+        return;
+    }
     for (int i = 0; i < rows; ++i) {
         const float* sums = c + i * width;
-        if (p.output == floats_transposed) {
-            float* out = static_cast<float*>(p.out) + row + i;
-            for (int64_t j = 0; j < held; ++j) out[(n0 + j) * p.ldout] = sums[j];
-            continue;
-        }
         if (p.output == floats) {
             memcpy(static_cast<float*>(p.out) + (row + i) * p.ldout + n0, sums, held * sizeof(float));
             continue;

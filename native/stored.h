@@ -55,6 +55,16 @@ INLINE void block_values(const Stored& w, float scale, int64_t begin, int64_t en
     for (; at < end; ++at) *out++ = table[at % 2 ? bytes[at / 2] & 15 : bytes[at / 2] >> 4];
 }
 
+// Fetches these columns of a row into the cache. Pieces of rows are further apart than the processor
+// looks ahead by itself. A row behind the last is harmless.
+INLINE void row_ahead(const Stored& w, int64_t row, int64_t begin, int64_t end) {
+    int64_t first = w.format == dense ? 2 * (row * w.stride + begin) : row * w.cols + begin;
+    int64_t bytes = w.format == dense ? 2 * (end - begin) : end - begin;
+    if (w.format == code4) first /= 2, bytes /= 2;
+    const char* from = static_cast<const char*>(w.data) + first;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
 // Columns `begin` to `end` of one row as bf16: in the weight's own memory, or in `room`.
 INLINE const bf16* row_values(const Stored& w, int64_t row, int64_t begin, int64_t end, bf16* room) {
     if (w.format == dense) return static_cast<const bf16*>(w.data) + row * w.stride + begin;

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decal.kernels import native
+from decal.kernels import native, native_gemv
 from decal.kernels.native_stored import (
     StoredStruct,
     dense_struct,
@@ -84,6 +84,9 @@ def project(
         rows.append((bias[None], (1, N)))
     if not _takes(rows, [weight]):
         return NotImplemented
+    few = native_gemv.project(x, weight, bias, low, add)
+    if few is not NotImplemented:
+        return few
     out = x.new_empty(T, N)
     segments = [_segment(x, weight, across=False)]
     if low is not None:
@@ -115,12 +118,14 @@ def project_back(
     return out
 
 
-def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None) -> Any:
+def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None, out: Tensor | None = None) -> Any:
     (T, K), R = x.shape, A.shape[0]
-    if not _takes([(x, (T, K)), (A, (R, K))], []) or not _covers(keep, T, K):
+    turned = A.stride(0) == 1 and A.stride(1) != 1
+    matrix = (A.t(), (K, R)) if turned else (A, (R, K))
+    out = x.new_empty(T, R) if out is None else out
+    if not _takes([(x, (T, K)), matrix, (out, (T, R))], []) or not _covers(keep, T, K):
         return NotImplemented
-    out = x.new_empty(T, R)
-    segments = [_segment(x, dense_struct(A), across=False)]
+    segments = [_segment(x, dense_struct(matrix[0]), across=turned)]
     _multiply(segments, out, keep=keep, masked=_NOTHING if keep is None else _LEFT)
     return out
 
@@ -154,7 +159,7 @@ def _covers(keep: Keep | None, rows: int, features: int) -> bool:
         return True
     sizes = ((keep.offset, rows), (keep.factor, rows), (keep.column, features))
     return all(
-        x.device.type == "cpu" and x.dtype == torch.int32 and x.shape == (n,) and x.is_contiguous()
+        x.is_cpu and x.dtype == torch.int32 and x.shape == (n,) and x.is_contiguous()
         for x, n in sizes
     )
 

@@ -62,7 +62,7 @@ def stored_struct(weight: Stored) -> StoredStruct:
 def readable(weight: Stored) -> bool:
     """Whether a kernel may read this weight: bf16 rows or packed, on a CPU, as large as it says."""
     parts = [x for x in weight[2:8] if isinstance(x, Tensor)]
-    if any(x.device.type != "cpu" for x in parts):
+    if any(not x.is_cpu for x in parts):
         return False
     if weight.format == "dense":
         return is_rows(weight.data, weight.shape)
@@ -81,7 +81,7 @@ def readable(weight: Stored) -> bool:
 
 def is_rows(x: Tensor, shape: tuple[int, int]) -> bool:
     """Whether x is a bf16 matrix of this shape on a CPU, without gaps inside its rows."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.shape != shape:
+    if x.dtype != torch.bfloat16 or not x.is_cpu or x.shape != shape:
         return False
     return x.shape[1] <= 1 or x.stride(1) == 1
 
