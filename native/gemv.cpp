@@ -1,10 +1,19 @@
-// y = x W^T for at most 8 rows of x: decoding, where every weight is read once and memory decides.
+// y = x W^T + bias + z B^T + add for at most 8 rows of x: decoding, where every weight is read once
+// and memory decides.
 //
-// A row of W is unpacked in pieces that stay in the L1 cache (stored.h) and multiplied by all rows
-// of x at once, in float. Threads share the rows of W, so each reads one stream. x is copied before,
-// as the product takes it: padded with zeros, and widened to float where the processor has no
-// products of bf16 pairs. Unpacking into registers instead of L1 was not needed to keep up with
-// memory, and one loop serves all formats.
+// A row of W is multiplied by all rows of x at once, summed in float and rounded at the end, after
+// the low-rank part, the bias and `add`. Threads share the rows of W, so each reads one stream.
+//
+// Packed codes are looked up in registers. A register of packed bytes is W words of 32 bits, 8 codes
+// each (or 2W words of 16 bits, 4 codes each); shifting all words by 4 j bits brings the j-th code
+// of every word to the lowest bits, the only ones that a lookup reads. Nothing is put back in order:
+// x is arranged once per call as the codes come out (`prepared`). The table is scaled per block: as
+// bf16 where the processor multiplies pairs of them, the values that dequantizing gives, else as
+// float. Scaling the sum of a block instead would cost an addition per block for every row of x.
+// Int8 codes are exact in bf16, and their scale is the row's: it is applied to the sum.
+//
+// A code4 weight whose rows are not whole blocks of 64 is unpacked in pieces that stay in the L1
+// cache (stored.h), and then multiplied as a dense one is.
 #include <vector>
 
 #include "parallel.h"
@@ -17,8 +26,10 @@ namespace {
 using decal::Range;
 
 constexpr int64_t PIECE = 2048;      // values of a row that are unpacked at a time
-constexpr int64_t STEP = 128;        // pieces are padded to a multiple
+constexpr int64_t STEP = 128;        // rows of x are padded to a multiple
 constexpr int64_t SERIAL = 1 << 15;  // weights below which threads do not pay
+constexpr int64_t CODES = 8 * W;     // codes in one register of packed bytes
+constexpr int64_t AHEAD = 2048;      // bytes between a prefetch and its use
 
 #if defined(DOT_BF16)
 using Input = bf16;
@@ -28,29 +39,248 @@ INLINE vf add_product(vf sum, const Input* x, vf weight) {
     return (vf)_mm512_dpbf16_ps((__m512)sum, pairs, (__m512bh)weight);
 }
 INLINE vf weights(const bf16* p) { return (vf)_mm512_loadu_si512(p); }
+INLINE vf weights(const int8_t* p) {
+    return (vf)_mm512_cvtne2ps_pbh((__m512)whole_numbers(p + W), (__m512)whole_numbers(p));
+}
+INLINE Input input(bf16 x) { return x; }
 #else
 using Input = float;
 constexpr int LANES = W;
 INLINE vf add_product(vf sum, const Input* x, vf weight) { return sum + load(x) * weight; }
 INLINE vf weights(const bf16* p) { return load(p); }
+INLINE vf weights(const int8_t* p) { return whole_numbers(p); }
+INLINE Input input(bf16 x) { return to_float(x); }
+#endif
+constexpr int PLACES = CODES / LANES;  // codes in one word
+
+// The values of up to two blocks' codes. Bits of an index above its code are ignored; where a
+// register holds two blocks of 64, an index's bit 4 says which.
+struct Values {
+#if defined(DOT_BF16)
+    __m512i table;
+    INLINE Values(const vf (&code)[16 / W], vf first, vf second)
+        : table((__m512i)_mm512_cvtne2ps_pbh((__m512)(code[0] * second),
+                                             (__m512)(code[0] * first))) {}
+    INLINE vf at(__m512i words, int place) const {
+        __m512i which = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+        __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4 * place),
+                                                  _mm512_set1_epi16(15), which, 0xea);
+        return (vf)_mm512_permutexvar_epi16(index, table);
+    }
+#elif defined(__AVX512F__)
+    vf first, second;
+    INLINE Values(const vf (&code)[1], vf a, vf b) : first(code[0] * a), second(code[0] * b) {}
+    INLINE vf at(__m512i words, int place) const {
+        __m512i which = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(16), 1);
+        __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi32(words, 4 * place),
+                                                  _mm512_set1_epi32(15), which, 0xea);
+        return (vf)_mm512_permutex2var_ps((__m512)first, index, (__m512)second);
+    }
+#elif defined(__AVX2__)
+    vf low, high;
+    INLINE Values(const vf (&code)[2], vf a, vf) : low(code[0] * a), high(code[1] * a) {}
+    INLINE vf at(__m256i words, int place) const {
+        __m256i index = _mm256_srli_epi32(words, 4 * place);
+        return (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)low, index),
+                                    _mm256_permutevar8x32_ps((__m256)high, index),
+                                    (__m256)_mm256_slli_epi32(words, 28 - 4 * place));
+    }
+#else
+    float table[16];
+    INLINE Values(const vf (&code)[16 / W], vf a, vf) {
+        for (int i = 0; i < 16 / W; ++i) store(table + i * W, code[i] * a);
+    }
+    INLINE vf at(vu words, int place) const {
+        vf out;
+        for (int i = 0; i < W; ++i) out[i] = table[(words[i] >> (4 * place)) & 15];
+        return out;
+    }
+#endif
+};
+
+#if defined(__AVX512F__)
+using Words = __m512i;
+INLINE Words words_at(const uint8_t* p) { return _mm512_loadu_si512(p); }
+INLINE Words half_words_at(const uint8_t* p) {
+    return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+}
+#elif defined(__AVX2__)
+using Words = __m256i;
+INLINE Words words_at(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+INLINE Words half_words_at(const uint8_t* p) { return words_at(p); }
+#else
+using Words = vu;
+INLINE Words words_at(const uint8_t* p) {
+    vu words;
+    memcpy(&words, p, sizeof words);
+    return words;
+}
+INLINE Words half_words_at(const uint8_t* p) { return words_at(p); }
 #endif
 
+// Whether codes can be looked up in registers: rows are whole blocks of 64, or of whole registers.
+bool by_words(const Stored& w) {
+    return w.format == code4 && w.cols % w.block_size == 0 &&
+           (w.block_size == 64 || w.block_size % 128 == 0);
+}
+
 // The rows of x one after the other, `ld` values apart, zeros behind the last column; begins with a
-// cache line.
-const Input* prepared(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, int64_t ld) {
-    static thread_local std::vector<Input> room;
+// cache line. `arranged`: among CODES values those of the same place in their words lie together.
+const Input* prepared(std::vector<Input>& room, const bf16* x, int64_t ldx, int64_t rows,
+                      int64_t columns, int64_t ld, bool arranged) {
     constexpr uintptr_t line = 64;
-    room.assign(rows * ld + line / sizeof(Input), Input{});
+    size_t size = rows * ld + line / sizeof(Input);
+    if (room.size() < size) room.resize(size);
     uintptr_t begin = reinterpret_cast<uintptr_t>(room.data());
-    Input* out = reinterpret_cast<Input*>((begin + line - 1) / line * line);
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t i = 0; i < columns; ++i)
+    Input* first = reinterpret_cast<Input*>((begin + line - 1) / line * line);
+    for (int64_t row = 0; row < rows; ++row) {
+        const bf16* from = x + row * ldx;
+        Input* out = first + row * ld;
+        int64_t i = 0;
+        for (; arranged && i + CODES <= columns; i += CODES)
+            for (int place = 0; place < PLACES; ++place)
+                for (int lane = 0; lane < LANES; ++lane)
+                    out[i + place * LANES + lane] = input(from[i + lane * PLACES + (place ^ 1)]);
+        if (!arranged)
+            for (; i < columns; ++i) out[i] = input(from[i]);
+        memset(out + i, 0, (ld - i) * sizeof(Input));
+        for (int64_t at = i; at < columns; ++at) {
+            int64_t lane = (at - i) / PLACES, place = ((at - i) % PLACES) ^ 1;
+            out[i + place * LANES + lane] = input(from[at]);
+        }
+    }
+    return first;
+}
+
+// What comes to x W^T, and where the result goes.
+struct Rest {
+    const bf16* bias;
+    const Input* z;
+    int64_t ldz, rank;
+    const bf16* B;
+    int64_t ldb;
+    const bf16* add;
+    int64_t ldadd;
+    bf16* y;
+    int64_t ldy;
+
+    template <int T>
+    INLINE void finish(int64_t row, vf (&part)[T]) const {
+        for (int64_t k = 0; k < rank; k += LANES) {
+            vf weight = values_of_b(B + row * ldb + k, rank - k);
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t) part[t] = add_product(part[t], z + t * ldz + k, weight);
+        }
+        float base = bias ? to_float(bias[row]) : 0.0f;
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            float total = sum(part[t]) + base;
+            if (add) total += to_float(add[t * ldadd + row]);
+            y[t * ldy + row] = to_bf16(total);
+        }
+    }
+
+    INLINE static vf values_of_b(const bf16* p, int64_t n) {
+        if (n >= LANES) return weights(p);
 #if defined(DOT_BF16)
-            out[row * ld + i] = x[row * ldx + i];
+        return (vf)_mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), p);
 #else
-            out[row * ld + i] = to_float(x[row * ldx + i]);
+        return load_part(p, n);
+#endif
+    }
+};
+
+// One value in all lanes, by a load: gcc would compute with one lane and spread the result, and
+// lookups already keep the shuffling units busy.
+INLINE vf spread(const float* p) {
+    vf out = splat(*p);
+#if defined(__AVX512F__)
+    asm("" : "+v"(out));
 #endif
     return out;
+}
+
+// The scale of a block in all lanes. One addition and one product per block are cheaper than a pass
+// over the scales before, and than gathers.
+struct Floats {
+    const float* scales;
+    INLINE explicit Floats(const Stored& w) : scales(static_cast<const float*>(w.scales)) {}
+    INLINE vf at(int64_t block) const { return spread(scales + block); }
+};
+struct Bytes {
+    const uint8_t* scales;
+    const float *table, *nested;
+    vf offset;
+    INLINE explicit Bytes(const Stored& w)
+        : scales(static_cast<const uint8_t*>(w.scales)),
+          table(w.table),
+          nested(w.nested),
+          offset(splat(w.offset)) {}
+    INLINE vf at(int64_t block) const {
+        return spread(table + scales[block]) * spread(nested + (block >> 8)) + offset;
+    }
+};
+
+// Two rows of W at a time, which share what is loaded of x.
+template <int T>
+struct Pair {
+    static constexpr int CHAINS = W < 16 ? 1 : T <= 2 ? 4 : T <= 4 ? 2 : 1;
+    vf part[2][T][CHAINS] = {};
+
+    INLINE void add(const Input* x, int64_t ld, const Words (&words)[2], const Values (&values)[2]) {
+#pragma GCC unroll 8
+        for (int place = 0; place < PLACES; ++place) {
+            vf weight[2] = {values[0].at(words[0], place), values[1].at(words[1], place)};
+#pragma GCC unroll 8
+            for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+                for (int r = 0; r < 2; ++r) {
+                    vf& sum = part[r][t][place % CHAINS];
+                    sum = add_product(sum, x + t * ld + place * LANES, weight[r]);
+                }
+        }
+    }
+    INLINE void finish(int r, int64_t row, const Rest& rest) {
+        vf all[T];
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            all[t] = part[r][t][0];
+            for (int chain = 1; chain < CHAINS; ++chain) all[t] += part[r][t][chain];
+        }
+        rest.finish<T>(row, all);
+    }
+};
+
+template <int T, class Scales>
+void packed_rows(const Stored& w, Range rows, const Input* x, int64_t ld, const Rest& rest) {
+    const Scales scales(w);
+    const int64_t blocks = w.cols / w.block_size;
+    // Blocks of 64 come two to a register of 128 codes; larger ones fill it.
+    const int64_t second = w.block_size == 64 && CODES == 128 ? 1 : 0;
+    vf code[16 / W];
+    for (int i = 0; i < 16 / W; ++i) code[i] = load(w.code + i * W);
+    // The two rows lie half of the thread's rows apart: two streams, each without gaps.
+    int64_t half = (rows.end - rows.begin + 1) / 2;
+    for (int64_t row = rows.begin; row < rows.begin + half; ++row) {
+        int64_t other = row + half < rows.end ? row + half : row;
+        const uint8_t* p = static_cast<const uint8_t*>(w.data) + row * w.cols / 2;
+        const uint8_t* q = static_cast<const uint8_t*>(w.data) + other * w.cols / 2;
+        int64_t a = row * blocks, b = other * blocks, i = 0, inside = 0;
+        Pair<T> sums;
+        for (; i + CODES <= w.cols; i += CODES) {
+            __builtin_prefetch(p + i / 2 + AHEAD);
+            __builtin_prefetch(q + i / 2 + AHEAD);
+            sums.add(x + i, ld, {words_at(p + i / 2), words_at(q + i / 2)},
+                     {{code, scales.at(a), scales.at(a + second)},
+                      {code, scales.at(b), scales.at(b + second)}});
+            for (inside += CODES; inside >= w.block_size; inside -= w.block_size) ++a, ++b;
+        }
+        if (i < w.cols)
+            sums.add(x + i, ld, {half_words_at(p + i / 2), half_words_at(q + i / 2)},
+                     {{code, scales.at(a), vf{}}, {code, scales.at(b), vf{}}});
+        sums.finish(0, row, rest);
+        if (other != row) sums.finish(1, other, rest);
+    }
 }
 
 // Several chains of additions for each row of x, as far as there are registers for them.
@@ -59,9 +289,29 @@ struct Sums {
     static constexpr int CHAINS = T <= 2 ? 4 : W == 16 || T <= 4 ? 2 : 1;
     vf part[T][CHAINS] = {};
 
-    // n is a multiple of STEP.
-    INLINE void add(const bf16* row, const Input* x, int64_t ld, int64_t n) {
-        for (int64_t i = 0; i < n; i += CHAINS * LANES)
+    template <class Weight>
+    INLINE void add(const Weight* row, const Input* x, int64_t ld, int64_t n) {
+        int64_t i = 0;
+        for (; i + STEP <= n; i += STEP) add_step(row + i, x + i, ld);
+        if (i == n) return;
+        Weight last[STEP] = {};
+        memcpy(last, row + i, (n - i) * sizeof(Weight));
+        add_step(last, x + i, ld);
+    }
+    INLINE void finish(int64_t row, float scale, const Rest& rest) {
+        vf all[T];
+        for (int t = 0; t < T; ++t) {
+            all[t] = part[t][0];
+            for (int chain = 1; chain < CHAINS; ++chain) all[t] += part[t][chain];
+            all[t] *= scale;
+        }
+        rest.finish<T>(row, all);
+    }
+
+   private:
+    template <class Weight>
+    INLINE void add_step(const Weight* row, const Input* x, int64_t ld) {
+        for (int64_t i = 0; i < STEP; i += CHAINS * LANES)
 #pragma GCC unroll 4
             for (int chain = 0; chain < CHAINS; ++chain) {
                 vf weight = weights(row + i + chain * LANES);
@@ -71,76 +321,43 @@ struct Sums {
                         add_product(part[t][chain], x + t * ld + i + chain * LANES, weight);
             }
     }
-    INLINE float total(int t) const {
-        vf all = part[t][0];
-        for (int chain = 1; chain < CHAINS; ++chain) all += part[t][chain];
-        return sum(all);
-    }
 };
 
-// Scales of `count` blocks from `first` on; product and sum are rounded one by one.
-INLINE void scales_of(const Stored& w, int64_t first, int64_t count, float* out) {
-    if (!w.nested) {
-        memcpy(out, static_cast<const float*>(w.scales) + first, count * sizeof(float));
-        return;
+template <int T>
+void plain_rows(const Stored& w, Range rows, const Input* x, int64_t ld, const Rest& rest) {
+    alignas(64) bf16 room[PIECE];
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+        Sums<T> sums;
+        float scale = 1.0f;
+        if (w.format == rows8) {
+            sums.add(static_cast<const int8_t*>(w.data) + row * w.cols, x, ld, w.cols);
+            scale = static_cast<const float*>(w.scales)[row] * PER_STEP;
+        } else if (w.format == dense) {
+            sums.add(static_cast<const bf16*>(w.data) + row * w.stride, x, ld, w.cols);
+        } else {
+            for (int64_t begin = 0; begin < w.cols; begin += PIECE) {
+                int64_t end = w.cols - begin < PIECE ? w.cols : begin + PIECE;
+                sums.add(row_values(w, row, begin, end, room), x + begin, ld, end - begin);
+            }
+        }
+        sums.finish(row, scale, rest);
     }
-    const uint8_t* index = static_cast<const uint8_t*>(w.scales) + first;
-    for (int64_t i = 0; i < count;) {
-        int64_t end = (first + i) / 256 * 256 + 256 - first;
-        float nested = w.nested[(first + i) / 256];
-        for (end = end < count ? end : count; i < end; ++i) out[i] = w.table[index[i]] * nested;
-    }
-    asm volatile("" ::: "memory");
-    for (int64_t i = 0; i < count; ++i) out[i] += w.offset;
-}
-
-// Whether no block of 4-bit codes straddles two rows or two pieces.
-bool aligned(const Stored& w) {
-    return w.format == code4 && w.cols % w.block_size == 0 && w.block_size % 32 == 0 &&
-           (PIECE % w.block_size == 0 || w.block_size % PIECE == 0);
-}
-
-// n values of the flattened weight from `at` on, a piece of an aligned one.
-INLINE const bf16* unpacked(const Stored& w, int64_t at, int64_t first, int64_t n, bf16* room) {
-    int64_t block = w.block_size < PIECE ? w.block_size : PIECE, count = n / block;
-    float scale[PIECE / 32];
-    scales_of(w, first, count, scale);
-    const uint8_t* packed = static_cast<const uint8_t*>(w.data) + at / 2;
-    vf code[16 / W];
-    for (int i = 0; i < 16; i += W) code[i / W] = load(w.code + i);
-    for (int64_t b = 0; b < count; ++b) {
-        Sixteen table;
-        for (int i = 0; i < 16 / W; ++i) table.part[i] = narrow(code[i] * scale[b]);
-        if (block == 64)
-            look_up(packed + b * 32, 32, table, room + b * 64);
-        else
-            look_up(packed + b * block / 2, block / 2, table, room + b * block);
-    }
-    return room;
 }
 
 template <int T>
-void some_rows(const Stored& w, Range rows, const Input* x, int64_t ld, bf16* y, int64_t ldy) {
-    alignas(64) bf16 room[PIECE], last[STEP];
-    int64_t piece = w.format == dense ? w.cols : PIECE;
-    bool whole_blocks = aligned(w);
-    int64_t blocks = whole_blocks ? w.cols / w.block_size : 0;
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-        Sums<T> sums;
-        for (int64_t begin = 0; begin < w.cols; begin += piece) {
-            int64_t n = w.cols - begin < piece ? w.cols - begin : piece, whole = n / STEP * STEP;
-            const bf16* values =
-                whole_blocks ? unpacked(w, row * w.cols + begin,
-                                        row * blocks + begin / w.block_size, n, room)
-                             : row_values(w, row, begin, begin + n, room);
-            sums.add(values, x + begin, ld, whole);
-            if (whole == n) continue;
-            memset(last, 0, sizeof last);
-            memcpy(last, values + whole, (n - whole) * sizeof(bf16));
-            sums.add(last, x + begin + whole, ld, STEP);
-        }
-        for (int t = 0; t < T; ++t) y[t * ldy + row] = to_bf16(sums.total(t));
-    }
+void some_rows(const Stored& w, Range rows, const Input* x, int64_t ld, const Rest& rest) {
+    if (by_words(w) && w.nested)
+        packed_rows<T, Bytes>(w, rows, x, ld, rest);
+    else if (by_words(w))
+        packed_rows<T, Floats>(w, rows, x, ld, rest);
+    else
+        plain_rows<T>(w, rows, x, ld, rest);
+}
+
+// One more cache line than padded rows take: whole pages apart they would share a few places of
+// the L1 cache.
+int64_t distance(int64_t columns) {
+    return (columns + STEP - 1) / STEP * STEP + 64 / static_cast<int64_t>(sizeof(Input));
 }
 
 }  // namespace
@@ -149,16 +366,20 @@ void some_rows(const Stored& w, Range rows, const Input* x, int64_t ld, bf16* y,
 using namespace NAMESPACE;
 
 // x [rows, w.cols] and y [rows, w.rows] in bf16, with distances between rows; rows from 1 to 8.
-EXPORT(gemv)(const Stored* w, const bf16* x, int64_t ldx, int64_t rows, bf16* y, int64_t ldy,
-             int threads) {
-    using Body = void (*)(const Stored&, Range, const Input*, int64_t, bf16*, int64_t);
+// bias [w.rows], z [rows, rank] with B [w.rows, rank], and add [rows, w.rows] may be null.
+EXPORT(gemv)(const Stored* w, const bf16* x, int64_t ldx, int64_t rows, const bf16* bias,
+             const bf16* z, int64_t ldz, int64_t rank, const bf16* B, int64_t ldb, const bf16* add,
+             int64_t ldadd, bf16* y, int64_t ldy, int threads) {
+    using Body = void (*)(const Stored&, Range, const Input*, int64_t, const Rest&);
     static constexpr Body bodies[] = {some_rows<1>, some_rows<2>, some_rows<3>, some_rows<4>,
                                       some_rows<5>, some_rows<6>, some_rows<7>, some_rows<8>};
-    // One more cache line: rows whole pages apart would share a few places of the L1 cache.
-    int64_t ld = (w->cols + STEP - 1) / STEP * STEP + 64 / sizeof(Input);
-    const Input* input = prepared(x, ldx, rows, w->cols, ld);
+    static thread_local std::vector<Input> room, low;
+    int64_t ld = distance(w->cols);
+    const Input* from = prepared(room, x, ldx, rows, w->cols, ld, by_words(*w));
+    Rest rest{bias, nullptr, distance(rank), z ? rank : 0, B, ldb, add, ldadd, y, ldy};
+    if (z) rest.z = prepared(low, z, ldz, rows, rank, rest.ldz, false);
     int team = w->rows * w->cols < SERIAL ? 1 : threads;
     decal::for_each_thread(team, [&](int thread, int of) {
-        bodies[rows - 1](*w, decal::share(w->rows, thread, of), input, ld, y, ldy);
+        bodies[rows - 1](*w, decal::share(w->rows, thread, of), from, ld, rest);
     });
 }

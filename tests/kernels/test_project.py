@@ -96,7 +96,7 @@ def test_the_words_make_the_bits_of_dropout(features: int, p: float) -> None:
 
 @dtypes
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("rows", [1, ROWS])
+@pytest.mark.parametrize("rows", [*range(1, 9), ROWS])
 def test_project(form: str, rows: int, dtype: torch.dtype) -> None:
     """All terms at once. Fails when the bias, the update or the residual is left out, or the
     second of two nibbles is read first."""
@@ -140,6 +140,11 @@ def test_into_rank(rows: int, features: int, dropped: bool, dtype: torch.dtype) 
     keep = words(rows, features) if dropped else None
     wanted = (kept(keep, x) * x.double()) @ A.double().t()
     assert near(ops.into_rank(x, A, keep), wanted, dtype)
+    wide = normal(rows, RANK + 5).to(dtype)
+    edges = wide[:, [0, 1, 2, -2, -1]]
+    ops.into_rank(x, A.t().contiguous().t(), keep, wide[:, 3:-2])
+    assert near(wide[:, 3:-2], wanted, dtype)
+    assert torch.equal(wide[:, [0, 1, 2, -2, -1]], edges)
 
 
 @dtypes
