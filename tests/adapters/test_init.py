@@ -42,3 +42,19 @@ def test_a_layer_depends_on_seed_and_name_only() -> None:
     assert torch.equal(start(True)[0], first)
     assert not torch.equal(start(True, seed=1)[0], first)
     assert not torch.equal(start(True, module="n")[0], first)
+
+
+def test_masters_are_float32_on_the_cpu_whatever_the_defaults() -> None:
+    """Fails when torch's default dtype or device decides."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            found = [
+                t
+                for how in (True, False, "gaussian")
+                for kind in ("linear", "embedding")
+                for t in start_values((5, 7), 3, how, module_generator(0, "m"), kind)
+            ]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {(t.dtype, t.device.type) for t in found} == {(torch.float32, "cpu")}
