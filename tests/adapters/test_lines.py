@@ -121,8 +121,8 @@ def test_a_group_is_its_layers_apart() -> None:
         group = group_of(layers, Routing((("a", 1.0),), KEY), ROWS, x, exact=True)
         assert group is not None
         with torch.no_grad():
-            ys, z = lines.forward(group, x)
-            back = lines.Backward(group, grads, z, [True] * 5)
+            ys, z, cast = lines.forward(group, x)
+            back = lines.Backward(group, grads, z, cast, [True] * 5)
             dx, factors = back.dx(), back.factors(x)
         inputs = [x.clone().requires_grad_() for _ in layers]
         apart = [watched(one)(x_) for one, x_ in zip(layers, inputs, strict=True)]
@@ -140,10 +140,11 @@ def test_a_layer_whose_output_was_not_used() -> None:
     x = torch.randn(ROWS, IN, dtype=torch.float64)
     group = group_of(layers, Routing((("a", 1.0),), KEY), ROWS, x, exact=True)
     assert group is not None
-    _, z = lines.forward(group, x)
+    _, z, cast = lines.forward(group, x)
     grad = torch.randn(ROWS, 7, dtype=torch.float64)
-    half = lines.Backward(group, [None, grad], z, [True] * 5)
-    whole = lines.Backward(group, [torch.zeros(ROWS, OUT).double(), grad], z, [True] * 5)
+    half = lines.Backward(group, [None, grad], z, cast, [True] * 5)
+    none = torch.zeros(ROWS, OUT).double()
+    whole = lines.Backward(group, [none, grad], z, cast, [True] * 5)
     torch.testing.assert_close(half.dx(), whole.dx(), rtol=1e-12, atol=1e-15)
     A, B, *second = half.factors(x)
     assert A is not None

@@ -86,6 +86,11 @@ def test_any_rank(isa: str, rank: int) -> None:
     x, A, dz = inside(9, 70), inside(rank, 70) * 0.3, inside(9, rank) * 0.3
     close(native_project.into_rank(x, A), x.double() @ A.double().T)
     close(native_project.over_rows(dz, x), dz.double().T @ x.double())
+    B, wide = inside(70, rank) * 0.3, torch.zeros(9, rank + 5, dtype=torch.bfloat16)
+    native_project.into_rank(x, B.t(), None, wide[:, 3:-2])
+    close(wide[:, 3:-2], x.double() @ B.double())
+    assert not wide[:, :3].any()
+    assert not wide[:, -2:].any()
     weight = packed("nf4", 8, 70)
     grad = torch.zeros(9, 8, dtype=torch.bfloat16)
     close(native_project.project_back([(grad, weight)], (dz, A)), dz.double() @ A.double())

@@ -10,7 +10,8 @@ size of x or y is scaled. Backward, with g_i = dL/dy_i:
     dz_i = s_i g_i B_i        dA = dz^T (keep . x)        dB_i = s_i g_i^T z_i
     dx = sum_i g_i W_i + keep . (dz A)
 
-What a pass needs to keep beside x are z [T, R] and two words per row for the mask.
+What a pass needs to keep beside x are z [T, R], two words per row for the mask, and the small
+copies of A and B in x's dtype.
 
 `forward` and `Backward` are for the inside of autograd functions; `apply` is the one for a single
 layer. What a line is made of is decided when forward begins; backward looks at
@@ -57,19 +58,28 @@ class Group(NamedTuple):
         return sum(line.weight.written for line in self.lines)
 
 
+class Cast(NamedTuple):
+    """A group's adapters in the dtype that a pass computes in."""
+
+    A: Tensor
+    """[R, K]: the A's, one below the other."""
+    B: tuple[Tensor | None, ...]
+    """Every line's [N, r], scaled."""
+
+
 def forward(
     group: Group, x: Tensor, add: Tensor | None = None
-) -> tuple[list[Tensor], Tensor | None]:
-    """x [T, K] -> every line's y [T, N], plus `add`, and z [T, R]; None without adapters."""
-    A = _stacked(group, x.dtype)
-    z = None if A is None else ops.into_rank(x, A, group.keep)
+) -> tuple[list[Tensor], Tensor | None, Cast | None]:
+    """x [T, K] -> every line's y [T, N], plus `add`; z [T, R] and what made it, or None twice."""
+    cast = _cast(group, x.dtype)
+    z = None if cast is None else ops.into_rank(x, cast.A, group.keep)
     ys = []
-    for line, columns in _placed(group):
+    for i, (line, columns) in enumerate(_placed(group)):
         low = None
-        if z is not None and line.B is not None:
-            low = (z[:, columns], _scaled(line, x.dtype))
+        if z is not None and cast is not None and (B := cast.B[i]) is not None:
+            low = (z[:, columns], B)
         ys.append(ops.project(x, line.weight, line.bias, low, add))
-    return ys, z
+    return ys, z, cast
 
 
 class Backward:
@@ -78,7 +88,7 @@ class Backward:
     Args:
         group: as forward had it.
         grads: of every line's y, [T, N]; None where y was not used.
-        z: as forward returned it.
+        z, cast: as forward returned them.
         needs: whether x's gradient is wanted, then that of each of `group.factors`.
     """
 
@@ -87,14 +97,16 @@ class Backward:
         group: Group,
         grads: Sequence[Tensor | None],
         z: Tensor | None,
+        cast: Cast | None,
         needs: Sequence[bool],
     ):
         self.group = group
         self.grads = [None if grad is None else grad.contiguous() for grad in grads]
+        self.cast = cast
         self.need_x, *self.need = needs
         self.dz = None
-        if z is not None and (self.need_x or any(self.need[::2])):
-            self.dz = self._into_rank(z)
+        if z is not None and cast is not None and (self.need_x or any(self.need[::2])):
+            self.dz = self._into_rank(z, cast)
         self.dB = self._b_gradients(z)
 
     def dx(self) -> Tensor | None:
@@ -104,10 +116,8 @@ class Backward:
         if not self.need_x or not parts:
             return None
         low = None
-        if self.dz is not None:
-            A = _stacked(self.group, self.dz.dtype)
-            assert A is not None
-            low = (self.dz, A)
+        if self.dz is not None and self.cast is not None:
+            low = (self.dz, self.cast.A)
         return ops.project_back(parts, low, self.group.keep)
 
     def factors(self, x: Tensor) -> list[Tensor | None]:
@@ -123,15 +133,13 @@ class Backward:
             for grad, master, wanted in zip(found, masters, self.need, strict=True)
         ]
 
-    def _into_rank(self, z: Tensor) -> Tensor:
+    def _into_rank(self, z: Tensor, cast: Cast) -> Tensor:
         dz = torch.empty_like(z)
-        for (line, columns), grad in zip(_placed(self.group), self.grads, strict=True):
-            if line.B is not None:
-                part = dz[:, columns]
-                if grad is None:
-                    part.zero_()
-                else:
-                    part.copy_(ops.into_rank(grad, _scaled(line, z.dtype).t().contiguous()))
+        for (_, columns), B, grad in zip(_placed(self.group), cast.B, self.grads, strict=True):
+            if B is not None and grad is not None:
+                ops.into_rank(grad, B.t(), out=dz[:, columns])
+            else:
+                dz[:, columns].zero_()
         return dz
 
     def _b_gradients(self, z: Tensor | None) -> list[Tensor | None]:
@@ -157,15 +165,18 @@ def _placed(group: Group) -> list[tuple[Line, slice]]:
     return placed
 
 
-def _stacked(group: Group, dtype: torch.dtype) -> Tensor | None:
-    """[R, K] in `dtype`: the A's, one below the other."""
-    found = [line.A.to(dtype) for line in group.lines if line.A is not None]
-    return torch.cat(found) if len(found) > 1 else found[0] if found else None
+def _cast(group: Group, dtype: torch.dtype) -> Cast | None:
+    """The adapters in `dtype`; scaled in the wider dtype of the two and rounded once."""
+    found = [line.A for line in group.lines if line.A is not None]
+    if not found:
+        return None
+    A = (torch.cat(found) if len(found) > 1 else found[0]).to(dtype)
+    return Cast(A, tuple(_scaled(line, dtype) for line in group.lines))
 
 
-def _scaled(line: Line, dtype: torch.dtype) -> Tensor:
-    """[N, r] in `dtype`: B times the scaling, in the wider dtype of the two and rounded once."""
-    assert line.B is not None
+def _scaled(line: Line, dtype: torch.dtype) -> Tensor | None:
+    if line.B is None:
+        return None
     wide = line.B.to(torch.promote_types(line.B.dtype, dtype))
     return (wide * line.scale).to(dtype)
 
@@ -175,7 +186,7 @@ class _One(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, *factors: Tensor) -> Tensor:  # type: ignore[override]
-        (y,), z = forward(group, x)
+        (y,), z, ctx.cast = forward(group, x)
         ctx.save_for_backward(x, z, *factors)
         ctx.group, ctx.written = group, group.written
         return y
@@ -186,7 +197,7 @@ class _One(torch.autograd.Function):
         x, z, *_ = ctx.saved_tensors
         check_frozen(ctx)
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
-        back = Backward(ctx.group, [grad], z, needs)
+        back = Backward(ctx.group, [grad], z, ctx.cast, needs)
         return back.dx(), None, *back.factors(x)
 
 

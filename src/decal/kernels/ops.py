@@ -206,9 +206,9 @@ def project_back(
     return _run("project_back", parts, low, keep)
 
 
-def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None) -> Tensor:
-    """x [T, K], A [R, K] -> (keep . x) A^T, [T, R]."""
-    return _run("into_rank", x, A, keep)
+def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None, out: Tensor | None = None) -> Tensor:
+    """x [T, K], A [R, K] -> (keep . x) A^T, [T, R], in `out` if given."""
+    return _run("into_rank", x, A, keep, out)
 
 
 def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Tensor:

@@ -114,11 +114,15 @@ def project_back(
     return dx
 
 
-def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None) -> Tensor:
-    """z = (keep . x) A^T for x [T, K] and A [R, K] of one dtype -> a new [T, R] in it."""
+def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None, out: Tensor | None = None) -> Tensor:
+    """z = (keep . x) A^T for x [T, K] and A [R, K] of one dtype.
+
+    A may be the transpose of a matrix. Returns `out` [T, R], whose rows may be strided, or a new
+    tensor, in that dtype.
+    """
+    z = x.new_empty(x.shape[0], A.shape[0]) if out is None else out
     if keep is None:
-        return x @ A.t()
-    z = x.new_empty(x.shape[0], A.shape[0])
+        return torch.mm(x, A.t(), out=z)
     step = rows_at_once(x.shape[1], x.device)
     for start in range(0, x.shape[0], step):
         part = keep.dropped(x[start : start + step], start)
