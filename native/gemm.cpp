@@ -124,7 +124,11 @@ inline void pack_along(const Segment& s, int64_t n0, int64_t N, int width, int64
     }
 #if defined(DOT_BF16)
     for (int j = 0; j < width; j += 16)
-        for (int64_t k = 0; k < padded; k += 32) transpose(rows + j, k, panel + k / 2 * width + j, width);
+        for (int64_t k = 0; k < padded; k += 32) {
+            if (s.weight.format == dense)
+                for (int i = 16; i < 32; ++i) row_ahead(s.weight, n0 + j + i, k0 + k, k0 + k + 32);
+            transpose(rows + j, k, panel + k / 2 * width + j, width);
+        }
 #else
     for (int64_t k = 0; k < depth; ++k)
         for (int j = 0; j < width; ++j) panel[k * width + j] = to_float(rows[j][k]);
