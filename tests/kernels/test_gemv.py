@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from decal.kernels import native, native_gemv, native_project
+from decal.kernels.native_stored import stored_struct
 from decal.kernels.stored import Stored
 from decal.quant import FORMATS
 from decal.quant.base import Recipe
@@ -152,12 +153,17 @@ def test_threads_do_not_show() -> None:
 def test_what_is_left_to_others() -> None:
     """Fails when too many rows are taken, or rows where there is no library."""
     weight, values = stored(torch.randn(8, 64), RECIPES[0])
-    x = torch.randn(9, 64).bfloat16()
-    assert native_gemv.project(x, weight) is NotImplemented
-    assert native_gemv.project(x[:0], weight) is NotImplemented
-    check(x, weight, values)
+    held, x, out = (
+        stored_struct(weight),
+        torch.randn(9, 64).bfloat16(),
+        torch.zeros(9, 8).bfloat16(),
+    )
+    assert not native_gemv.multiply(x, held, out)
+    assert not native_gemv.multiply(x[:0], held, out[:0])
     with native.forced("none"):
-        assert native_gemv.project(x[:8], weight) is NotImplemented
+        assert not native_gemv.multiply(x[:8], held, out[:8])
+    assert not bool(out.any())
+    check(x, weight, values)
 
 
 def test_as_near_as_torch_on_the_dequantized_weight(isa: str) -> None:

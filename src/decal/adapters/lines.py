@@ -203,7 +203,12 @@ class _One(torch.autograd.Function):
 
 def apply(group: Group, x: Tensor) -> Tensor:
     """x [.., K] through a group of one line with an adapter, with gradients -> [.., N]."""
-    y: Tensor = _One.apply(x.reshape(-1, x.shape[-1]), group, *group.factors)
+    rows = x.reshape(-1, x.shape[-1])
+    y: Tensor
+    if torch.is_grad_enabled():
+        y = _One.apply(rows, group, *group.factors)
+    else:
+        (y,), _, _ = forward(group, rows)
     return y.view(*x.shape[:-1], y.shape[-1])  # outside: models may add to it in place
 
 

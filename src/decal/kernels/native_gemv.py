@@ -1,4 +1,4 @@
-"""project for a few rows of x in compiled code: calls of native/gemv.cpp.
+"""Products with a few rows of x in compiled code: calls of native/gemv.cpp.
 
 Knows addresses only: kernels/native_project.py has looked at the tensors. Up to `MOST` rows reading
 the weight takes most of the time, so it is unpacked once for all of them.
@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from decal.kernels import native
-from decal.kernels.native_stored import pointer, stored_struct
-from decal.kernels.stored import Stored
+from decal.kernels.native_stored import StoredStruct, pointer
 
 MOST = 8
 """Rows in one call."""
@@ -23,27 +22,30 @@ _LOW = (*_ROWS, c_int64, *_ROWS)
 _ARGUMENTS = (c_void_p, *_ROWS, c_int64, c_void_p, *_LOW, *_ROWS, *_ROWS, c_int)
 
 
-def project(
+def multiply(
     x: Tensor,
-    weight: Stored,
+    weight: StoredStruct,
+    out: Tensor,
     bias: Tensor | None = None,
     low: tuple[Tensor, Tensor] | None = None,
     add: Tensor | None = None,
-) -> Any:
-    """As the op `project`, for tensors that fit and x bf16 [T, K] with T from 1 to `MOST`.
+) -> bool:
+    """Writes what the op `project` returns into `out`, for x bf16 [T, K] with T from 1 to `MOST`.
 
     Summed in float32 and rounded once. A 4-bit weight counts as it is dequantized to bf16, or to
     float32 where the processor has no products of bf16; an int8 one counts as it is.
+
+    Returns:
+        Whether it did; False for more rows or none, or without the library.
     """
     run: Any = native.kernel("gemv")
     if run is None or not 1 <= x.shape[0] <= MOST:
-        return NotImplemented
+        return False
     if run.argtypes is None:
         run.argtypes = _ARGUMENTS
     z, B = low or (None, None)
-    y = x.new_empty(x.shape[0], weight.shape[0])
     run(
-        byref(stored_struct(weight)),
+        byref(weight),
         *_rows(x),
         x.shape[0],
         pointer(bias),
@@ -51,10 +53,10 @@ def project(
         0 if z is None else z.shape[1],
         *_rows(B),
         *_rows(add),
-        *_rows(y),
+        *_rows(out),
         native.threads(),
     )
-    return y
+    return True
 
 
 def _rows(x: Tensor | None) -> tuple[int, int]:

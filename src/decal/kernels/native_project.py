@@ -84,11 +84,10 @@ def project(
         rows.append((bias[None], (1, N)))
     if not _takes(rows, [weight]):
         return NotImplemented
-    few = native_gemv.project(x, weight, bias, low, add)
-    if few is not NotImplemented:
-        return few
-    out = x.new_empty(T, N)
-    segments = [_segment(x, weight, across=False)]
+    out, held = x.new_empty(T, N), stored_struct(weight)
+    if native_gemv.multiply(x, held, out, bias, low, add):
+        return out
+    segments = [_segment(x, held, across=False)]
     if low is not None:
         segments.append(_segment(low[0], dense_struct(low[1]), across=False))
     _multiply(segments, out, bias=bias, add=add)
@@ -125,7 +124,10 @@ def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None, out: Tensor | None
     out = x.new_empty(T, R) if out is None else out
     if not _takes([(x, (T, K)), matrix, (out, (T, R))], []) or not _covers(keep, T, K):
         return NotImplemented
-    segments = [_segment(x, dense_struct(matrix[0]), across=turned)]
+    held = dense_struct(matrix[0])
+    if keep is None and not turned and native_gemv.multiply(x, held, out):
+        return out
+    segments = [_segment(x, held, across=turned)]
     _multiply(segments, out, keep=keep, masked=_NOTHING if keep is None else _LEFT)
     return out
 
