@@ -8,7 +8,7 @@
 //     DOT_BF16    6 x 4 vectors of float32 from bf16 pairs      1.5 KB of A, 16 KB of B
 //     otherwise   6 x COLUMNS vectors of float32                1.5 KB of A, up to 16 KB of B
 #include "parallel.h"
-#include "vec.h"
+#include "tiles.h"
 
 #include <type_traits>
 
@@ -29,42 +29,27 @@ struct alignas(64) Operands {
     float c[4][16 * 16];
 };
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes_per_row[16] = {};
-    uint8_t rows[16] = {};
-};
-
 constexpr double flops_per_step = 4.0 * 2 * 16 * 16 * 32;
 
 void multiply(Operands& o, int64_t rounds) {
-    TileConfig config;
-    for (int tile = 0; tile < 8; ++tile) {
-        config.bytes_per_row[tile] = 64;
-        config.rows[tile] = 16;
-    }
-    _tile_loadconfig(&config);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    [[maybe_unused]] Tiles tiles;
+    tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
     for (int64_t round = 0; round < rounds; ++round) {
         for (int k = 0; k < Operands::steps; ++k) {
-            _tile_loadd(4, o.a[k][0], 64);
-            _tile_loadd(6, o.b[k][0], 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, o.b[k][1], 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, o.a[k][1], 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+            tile_load<4>(o.a[k][0], 64);
+            tile_load<6>(o.b[k][0], 64);
+            tile_dot<0, 4, 6>();
+            tile_load<7>(o.b[k][1], 64);
+            tile_dot<1, 4, 7>();
+            tile_load<5>(o.a[k][1], 64);
+            tile_dot<2, 5, 6>();
+            tile_dot<3, 5, 7>();
         }
     }
-    _tile_stored(0, o.c[0], 64);
-    _tile_stored(1, o.c[1], 64);
-    _tile_stored(2, o.c[2], 64);
-    _tile_stored(3, o.c[3], 64);
-    _tile_release();
+    tile_store<0>(o.c[0], 64);
+    tile_store<1>(o.c[1], 64);
+    tile_store<2>(o.c[2], 64);
+    tile_store<3>(o.c[3], 64);
 }
 
 #else
