@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TESTS ?= tests
 SOURCES := src tests setup.py native $(wildcard bench examples)
 SANITIZED := build/sanitized
-SANITIZED_ISAS ?= portable,avx2,avx512bf16
+SANITIZED_ISAS ?= portable,avx2,avx512bf16,amx
 
 .DEFAULT_GOAL := help
 .PHONY: help quickstart install native test check sanitize format docs soak constraints clean

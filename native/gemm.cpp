@@ -16,6 +16,10 @@
 // pairs along the contraction, (k, k + 1) of one column side by side, for the dot products of bf16
 // pairs; without these it holds floats, and rows of `a` are widened block by block.
 //
+// Threads share C, never a sum, and every sum runs along the contraction in one order: results do not
+// depend on the number of threads, nor on what else is in the batch. NaN and infinity in `a` reach
+// every column of their row. Products of bf16 pairs take denormals as zeros.
+//
 // Rejected: packing `a` too (it is read by rows, which the broadcast of a pair can do in place);
 // one panel per thread row block; a group of strips packed together (no gain, more L2).
 #include <algorithm>
