@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from decal.errors import ConfigError
 from decal.kernels import declared, native, ops
@@ -220,3 +221,19 @@ def test_the_library_needs_no_openmp_and_no_torch() -> None:
     needed = re.findall(r"NEEDED.*\[(.*)\]", listed.stdout)
     assert needed
     assert not [name for name in needed if re.search(r"omp|torch|python", name)]
+
+
+@needs_library
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit's own
+def test_torch_computes_what_is_watched() -> None:
+    """Compilers, traces and modes that stand in for tensors. Fails when a kernel reads a fake
+    tensor's memory, leaves its result out of a graph, or cuts the graph."""
+    x, A = torch.randn(2, 9, 70).bfloat16()
+    wanted = ops.into_rank(x, A)
+    graph = torch.compile(ops.into_rank, backend="eager", fullgraph=True)
+    trace = torch.jit.trace(ops.into_rank, (x * 2, A * 2))
+    for found in (graph(x, A), trace(x, A)):
+        torch.testing.assert_close(found, wanted, rtol=2**-7, atol=2**-7)
+    with FakeTensorMode() as mode:
+        assert ops.into_rank(mode.from_tensor(x), mode.from_tensor(A)).shape == wanted.shape
+    assert native.kernel("gemm") is not None

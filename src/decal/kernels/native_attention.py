@@ -41,6 +41,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, edges: Tensor, scale: float, window: int | None
     ) -> Tensor:
+        q, k, v = (_by_rows(x) for x in (q, k, v))  # here, so that backward need not copy again
         out, lse = attention_flat_forward(q, k, v, edges, scale, window)
         ctx.save_for_backward(q, k, v, out, lse, edges)
         ctx.scale, ctx.window = scale, window
