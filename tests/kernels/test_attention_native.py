@@ -194,6 +194,11 @@ def test_any_strides() -> None:
         {"cu_seq_lens": torch.tensor([0, 3])},
         {"cu_seq_lens": torch.tensor([0, 4, 2, 5])},
         {"q": torch.randn(5, 2, 4)},
+        {"q": torch.zeros(5, 2, 3, dtype=torch.bfloat16)},
+        {"k": torch.zeros(5, 2, 3, dtype=torch.bfloat16)},
+        {"k": torch.zeros(4, 1, 4, dtype=torch.bfloat16)},
+        {"v": torch.zeros(5, 2, 4, dtype=torch.bfloat16)},
+        {"v": torch.zeros(5, 4, dtype=torch.bfloat16)},
     ],
     ids=str,
 )

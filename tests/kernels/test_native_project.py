@@ -151,6 +151,17 @@ def test_threads_do_not_show(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+def test_other_rows_do_not_show(isa: str) -> None:
+    """Fails when a row's sums run in another order in another place of the batch."""
+    weight, x, A = packed("nf4", 150, 2100), inside(41, 2100), inside(24, 2100)
+    for product in (
+        lambda x: native_project.project(x, weight),
+        lambda x: native_project.project_back([(x[:, :150], weight)]),
+        lambda x: native_project.into_rank(x, A),
+    ):
+        assert torch.equal(product(x)[7:30], product(x[7:30]))
+
+
 def test_what_does_not_fit_is_left_to_torch(isa: str) -> None:
     """Fails when a kernel would read beyond the memory of an operand that is too small."""
     weight, x, z, B = packed("nf4", 40, 70), inside(9, 70), inside(9, 5), inside(40, 5)

@@ -85,6 +85,10 @@ def attention_flat_backward(
         return NotImplemented
     if grad.dtype != q.dtype or out.dtype != q.dtype or lse.dtype != torch.float32:
         return NotImplemented
+    if not grad.shape == out.shape == (*q.shape[:2], v.shape[2]):
+        return NotImplemented
+    if lse.shape != (q.shape[1], q.shape[0]) or not (grad.is_cpu and out.is_cpu and lse.is_cpu):
+        return NotImplemented
     q, k, v = (_by_rows(x) for x in (q, k, v))
     grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
     found = tuple(torch.empty(x.shape, dtype=x.dtype, device="cpu") for x in (q, k, v))
@@ -102,7 +106,11 @@ def _takes(
     scale: float,
     window: int | None,
 ) -> bool:
-    if any(x.dtype != torch.bfloat16 or x.device.type != "cpu" for x in (q, k, v)):
+    if any(x.dtype != torch.bfloat16 or not x.is_cpu or x.ndim != 3 for x in (q, k, v)):
+        return False
+    (T, heads, dim), (_, key_heads, _) = q.shape, k.shape
+    fits = k.shape == (T, key_heads, dim) and v.shape[:2] == (T, key_heads)
+    if not fits or key_heads < 1 or heads % key_heads:
         return False
     if native.kernel(kernel) is None or scale <= 0 or (window is not None and window < 1):
         return False
