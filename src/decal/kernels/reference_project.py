@@ -19,14 +19,19 @@ and float32 copies exist for a chunk of rows only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from decal.kernels.stored import NESTED_BLOCK_SIZE, Keep, Stored, rows_at_once
 
-_CHUNK = 1 << 20
-"""Elements that are float32 at one time where a product over rows is summed on a CPU."""
+_LINEAR: Any = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()
+    else None
+)
+"""x W^T by oneDNN. torch.mm has MKL do it, which takes twice as long where the sum is long."""
 
 Low = tuple[Tensor, Tensor]
 
@@ -144,11 +149,19 @@ def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Tensor:
     if p.dtype == wide and keep is None:
         return p.t() @ q
     total = p.new_zeros(p.shape[1], q.shape[1], dtype=wide)
-    step = max(1, _CHUNK // max(p.shape[1], q.shape[1]))
-    if keep is not None:
-        step = min(step, rows_at_once(q.shape[1], q.device))
+    step = rows_at_once(max(p.shape[1], q.shape[1]), q.device)
     for start in range(0, p.shape[0], step):
-        part = q[start : start + step]
-        part = part if keep is None else keep.dropped(part, start)
-        total.addmm_(p[start : start + step].to(wide).t(), part.to(wide))
+        part, kept = p[start : start + step], q[start : start + step]
+        kept = kept if keep is None else keep.dropped(kept, start)
+        total += _transposed_product(part.to(wide), kept.to(wide))
     return total
+
+
+def _transposed_product(p: Tensor, q: Tensor) -> Tensor:
+    """p^T q of a wide dtype, by oneDNN where torch has it for float32 on a CPU."""
+    if p.shape[1] > q.shape[1]:
+        return _transposed_product(q, p).t()
+    if _LINEAR is None or p.dtype != torch.float32 or p.device.type != "cpu":
+        return p.t() @ q
+    found: Tensor = _LINEAR(p.t().contiguous(), q.t(), None, "none", [], "")
+    return found

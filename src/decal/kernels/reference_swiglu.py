@@ -7,7 +7,7 @@ Knows tensors only: neither the projections before it nor the one after it.
 (Shazeer 2020). All of it is float32 and rounded once. transformers rounds silu(gate) to the dtype
 before it multiplies by up; leaving that rounding out is closer to the exact value.
 
-    d_gate = grad * up * s * (1 + g * (1 - s))      d_up = grad * silu(g)
+    d_gate = grad * up * (s + silu(g) * (1 - s))      d_up = grad * silu(g)
 
 Backward also returns h, which the gradients of the next projection's adapter need and which is
 cheaper to compute again than to keep.
@@ -18,19 +18,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from decal.kernels.precision import wide
+from decal.kernels.precision import chunks, wide
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """gate, up [T, F] of one dtype -> silu(gate) * up, [T, F] in it."""
-    g = wide(gate)
-    return (g * torch.sigmoid(g) * wide(up)).to(gate.dtype)
+    h = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    for rows in chunks(gate):
+        h[rows] = torch.nn.functional.silu(wide(gate[rows])).mul_(up[rows])
+    return h
 
 
 def swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """grad, gate, up [T, F] of one dtype -> d_gate, d_up and silu(gate) * up, [T, F] in it."""
-    d, g, u = wide(grad), wide(gate), wide(up)
-    s = torch.sigmoid(g)
-    d_gate = d * u * (s * (1 + g * (1 - s)))
-    d_up = d * (g * s)
-    return d_gate.to(gate.dtype), d_up.to(gate.dtype), (g * s * u).to(gate.dtype)
+    found = [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(3)]
+    d_gate, d_up, h = found
+    for rows in chunks(gate):
+        d, g, u = wide(grad[rows]), wide(gate[rows]), wide(up[rows])
+        s = torch.sigmoid(g)
+        silu = g * s
+        torch.mul(silu, u, out=h[rows])
+        torch.mul(d, silu, out=d_up[rows])
+        slope = s.addcmul_(silu, 1 - s)
+        torch.mul(slope.mul_(u), d, out=d_gate[rows])
+    return d_gate, d_up, h
