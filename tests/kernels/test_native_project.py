@@ -76,6 +76,12 @@ def test_reads_its_operands_and_nothing_else(isa: str, T: int, N: int, K: int, r
     dx = native_project.project_back([(grad, dense(weight)), (add, dense(weight))], (z, A), keep)
     close(dx, mask * (z.double() @ A.double()) + (grad.double() + add.double()) @ weight.double())
     close(native_project.into_rank(x, A, keep), (mask * x.double()) @ A.double().T)
+    turned = inside(K, N).t()
+    y = native_project.project(x, dense(turned), bias, (z, B), add)
+    close(y, (x.double() @ turned.double().T + bias + z.double() @ B.double().T + add))
+    dx = native_project.project_back([(grad, dense(weight)), (add, dense(turned))], (z, A), keep)
+    found = mask * (z.double() @ A.double()) + grad.double() @ weight.double()
+    close(dx, found + add.double() @ turned.double())
     close(native_project.over_rows(z, x, keep), z.double().T @ (mask * x.double()))
     close(native_project.over_rows(grad, z), grad.double().T @ z.double())
 

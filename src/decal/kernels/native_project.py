@@ -21,6 +21,7 @@ from decal.kernels.native_stored import (
     pointer,
     readable,
     stored_struct,
+    transposed,
 )
 from decal.kernels.stored import Keep, Stored
 
@@ -84,10 +85,10 @@ def project(
         rows.append((bias[None], (1, N)))
     if not _takes(rows, [weight]):
         return NotImplemented
-    out, held = x.new_empty(T, N), stored_struct(weight)
-    if native_gemv.multiply(x, held, out, bias, low, add):
+    out, (held, turned) = x.new_empty(T, N), _held(weight)
+    if not turned and native_gemv.multiply(x, held, out, bias, low, add):
         return out
-    segments = [_segment(x, held, across=False)]
+    segments = [_segment(x, held, across=turned)]
     if low is not None:
         segments.append(_segment(low[0], dense_struct(low[1]), across=False))
     _multiply(segments, out, bias=bias, add=add)
@@ -111,7 +112,9 @@ def project_back(
         return NotImplemented
     out = parts[0][0].new_empty(T, K)
     segments = [] if low is None else [_segment(low[0], dense_struct(low[1]), across=True)]
-    segments += [_segment(grad, weight, across=True) for grad, weight in parts]
+    for grad, weight in parts:
+        held, turned = _held(weight)
+        segments.append(_segment(grad, held, across=not turned))
     masked = low is not None and keep is not None
     _multiply(segments, out, keep=keep, masked=_AFTER_FIRST if masked else _NOTHING)
     return out
@@ -153,7 +156,9 @@ def _takes(rows: Sequence[tuple[Tensor, tuple[int, int]]], weights: Sequence[Sto
     """
     if native.kernel("gemm") is None:
         return False
-    return all(is_rows(*pair) for pair in rows) and all(readable(weight) for weight in weights)
+    return all(is_rows(*pair) for pair in rows) and all(
+        readable(weight) or transposed(weight) for weight in weights
+    )
 
 
 def _covers(keep: Keep | None, rows: int, features: int) -> bool:
@@ -166,9 +171,14 @@ def _covers(keep: Keep | None, rows: int, features: int) -> bool:
     )
 
 
-def _segment(a: Tensor, weight: Stored | StoredStruct, *, across: bool) -> _Segment:
-    stored = weight if isinstance(weight, StoredStruct) else stored_struct(weight)
-    return _Segment(a.data_ptr(), a.stride(0), a.shape[1], int(across), stored)
+def _held(weight: Stored) -> tuple[StoredStruct, bool]:
+    """The weight as it lies in memory, and whether that is as [K, N] (Conv1D's)."""
+    turned = transposed(weight)
+    return dense_struct(weight.data.t()) if turned else stored_struct(weight), turned
+
+
+def _segment(a: Tensor, weight: StoredStruct, *, across: bool) -> _Segment:
+    return _Segment(a.data_ptr(), a.stride(0), a.shape[1], int(across), weight)
 
 
 def _multiply(

@@ -79,6 +79,14 @@ def readable(weight: Stored) -> bool:
     return held and weight.scales.dtype == torch.uint8 and weight.nested.numel() == groups
 
 
+def transposed(weight: Stored) -> bool:
+    """Whether the weight is a bf16 matrix whose columns have no gaps: stored as [K, N]."""
+    if weight.format != "dense" or readable(weight):
+        return False
+    rows, cols = weight.shape
+    return weight.data.ndim == 2 and is_rows(weight.data.t(), (cols, rows))
+
+
 def is_rows(x: Tensor, shape: tuple[int, int]) -> bool:
     """Whether x is a bf16 matrix of this shape on a CPU, without gaps inside its rows."""
     if x.dtype != torch.bfloat16 or not x.is_cpu or x.shape != shape:
