@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import platform
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -29,7 +27,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 LIBRARY = HERE.parent / "src" / "decal" / "kernels" / "_native.so"
 OBJECTS = HERE.parent / "build" / "native"
-DECLARED = LIBRARY.with_name("declared.py")
 
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-exceptions"]
 COMMON += ["-fno-trapping-math", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes"]
@@ -79,24 +76,20 @@ def known(found: list[str], isa: str) -> bool:
 def jobs(isas: Sequence[str], flags: list[str]) -> list[tuple[Path, list[str]]]:
     """(source, flags) of every object."""
     found = []
+    stamp = {"isa.cpp": [f'-DSOURCES="{sources()}"']}
     for source in sorted(HERE.glob("*.cpp")):
         exact = EXACT.get(source.name, [])
         if source.name in ONCE:
-            found.append((source, [*flags, *exact]))
+            found.append((source, [*flags, *exact, *stamp.get(source.name, [])]))
         else:
             found += [(source, [*flags, *ISAS[isa], f"-DISA={isa}", *exact]) for isa in isas]
     return found
 
 
-def description() -> Path:
-    """A source that answers what this library was built from (kernels/declared.py)."""
-    text = json.dumps(runpy.run_path(str(DECLARED))["describe"](HERE))
-    code = 'extern "C" __attribute__((visibility("default"))) const char* decal_described() {\n'
-    code += f"    return {json.dumps(text)};\n}}\n"
-    path = OBJECTS / f"described-{hashlib.sha256(code.encode()).hexdigest()[:16]}.cpp"
-    if not path.exists():
-        _whole(path, lambda part: part.write_text(code, encoding="utf-8"))
-    return path
+def sources() -> str:
+    """A hash of all sources; native.py computes it too, and leaves an older library alone."""
+    paths = sorted([*HERE.glob("*.cpp"), *HERE.glob("*.h")])
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def build(
@@ -137,8 +130,7 @@ def build(
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         taken = [isa for isa in isas if known(found, isa)]
-        work = [*jobs(taken, flags), (description(), flags)]
-        objects = list(pool.map(compiled, work))
+        objects = list(pool.map(compiled, jobs(taken, flags)))
     library.parent.mkdir(parents=True, exist_ok=True)
     link = [*found, "-shared", "-pthread", *(SANITIZED if sanitize else []), *objects, "-o"]
     _whole(library, lambda part: subprocess.run([*link, part], check=True))

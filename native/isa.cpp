@@ -1,4 +1,5 @@
-// Which instruction sets this processor runs, and the operating system's leave for AMX.
+// Which instruction sets this processor runs, and the operating system's leave for AMX; and which
+// sources the library is of.
 #include <cstring>
 
 #if defined(__linux__) && defined(__x86_64__)
@@ -54,3 +55,6 @@ extern "C" __attribute__((visibility("default"))) int decal_supports(const char*
 #endif
     return 0;
 }
+
+// Callers cannot see a compiled function's parameters: of other sources, they must not call it.
+extern "C" __attribute__((visibility("default"))) const char* decal_sources() { return SOURCES; }

@@ -70,7 +70,7 @@ def test_one_source_builds_and_is_kept(
     monkeypatch.setitem(build.into["ISAS"], "strange", ["-mno-such-instructions"])
     isas = ("portable", "strange", "of_another_processor")
     made = build.build(tmp_path / "out" / "_native.so", isas=isas)
-    assert {"decal_built_portable", "decal_described", "decal_supports"} <= exports(made)
+    assert {"decal_built_portable", "decal_sources", "decal_supports"} <= exports(made)
     assert "decal_built_strange" not in exports(made)
     objects = {path: path.stat().st_mtime_ns for path in (tmp_path / "objects").glob("*.o")}
     assert build.build(made, isas=isas) == made
@@ -80,6 +80,11 @@ def test_one_source_builds_and_is_kept(
     build.build(made, isas=isas)
     assert len(list((tmp_path / "objects").glob("*.o"))) > len(objects)
     assert not list(tmp_path.rglob(f"*.{os.getpid()}"))
+
+
+def test_both_sides_hash_the_same_sources(build: SimpleNamespace) -> None:
+    """Fails when the library that was built just now is said to be out of date."""
+    assert native._sources() == build.sources()
 
 
 def test_no_compiler(

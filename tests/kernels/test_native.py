@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -17,10 +16,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from decal.errors import ConfigError
-from decal.kernels import declared, native, ops
+from decal.kernels import native, ops
 
 needs_library = pytest.mark.skipif(not native.available(), reason="the library is not built")
-CACHES = (native._library, native._outdated, native.available, native._default, native._bound)
+CACHES = (native._library, native.available, native._default, native._bound)
 
 
 @pytest.fixture
@@ -120,42 +119,21 @@ def test_a_file_that_is_no_library(env: pytest.MonkeyPatch, tmp_path: Path) -> N
 
 
 @needs_library
-def test_a_function_declared_otherwise_since_is_not_called(env: pytest.MonkeyPatch) -> None:
-    """Fails when an older library is called with the arguments of a newer source."""
-    library, _ = native._library()
-    assert library is not None
-    built = json.loads(library.decal_described())
-    now = {"sources": "newer", "functions": {**built["functions"], "quantize_rows": "newer"}}
-    env.setattr(declared, "describe", lambda folder: now)
-    native._outdated.cache_clear()
+def test_a_library_of_other_sources_is_not_used(env: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Fails when an older library is called with the arguments of a newer source, or when there is
+    no word of it."""
+    env.delenv("DECAL_ISA", raising=False)
+    env.setattr(native, "SOURCES", tmp_path)
+    assert native.isa() is not None  # installed: no sources to compare with
+    for cache in CACHES:
+        cache.cache_clear()
+    (tmp_path / "vec.h").write_text("// another day's\n")
+    assert native.isa() is None
     assert native.kernel("quantize_rows") is None
-    assert native.kernel("dequantize_rows") is not None
-    assert native.kernel("not_yet_built") is None
     assert native.REBUILD in native.why()
     assert native.REBUILD in ops.explain()["quantize_rows"].reason
     assert native.REBUILD in native.state()["library"]
     computed()
-
-
-def test_what_counts_as_declared_otherwise(tmp_path: Path) -> None:
-    """Fails when structs behind pointers, or functions from macros, are not looked at."""
-    header, source = tmp_path / "a.h", tmp_path / "a.cpp"
-
-    def described(inner: str, parameters: str, macro: str, body: str = "{}") -> dict[str, object]:
-        header.write_text(f"struct Inner {{\n    {inner} x;\n}};\n")
-        source.write_text(
-            "struct Outer {\n    Inner in;\n};\n"
-            f"EXPORT(one)(const Outer* a,\n  {parameters}) {body}\nEXPORT(two)(int n) {body}\n"
-            f"#define BOTH(name) \\\n    EXPORT(name)({macro}) {body}\n"
-        )
-        return declared.describe(tmp_path)
-
-    first = described("int", "int n", "int n")
-    assert declared.changed(first, described("int", "int n", "int n", "{ work(); }")) == set()
-    assert first["sources"] != described("int", "int n", "int n", "{ work(); }")["sources"]
-    assert declared.changed(first, described("long", "int n", "int n")) == {"one"}
-    assert declared.changed(first, described("int", "long n", "int n")) == {"one"}
-    assert declared.changed(first, described("int", "int n", "long n")) == {declared.ANY}
 
 
 @needs_library

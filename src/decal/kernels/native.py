@@ -8,18 +8,19 @@ Every kernel is compiled once per instruction set; the best one that the process
 when the library is loaded. Environment: DECAL_ISA names one of `ISAS` or `off`; DECAL_NATIVE is the
 path of another build of the library. What they name and is not there is an error.
 
-In a checkout the sources lie beside the package and may be newer than the library: functions that
-are declared otherwise since are not called, and `decal env` says that the library is out of date.
+In a checkout the sources lie beside the package. A library of other sources is not used, because
+ctypes cannot see what parameters its functions have; `decal env` says that it is out of date.
 
 Threads are torch's: the library borrows the OpenMP runtime that torch has loaded and asks for
-torch's number of threads at every call. After a fork it uses one, because the runtime's team did
-not come along.
+torch's number of threads at every call. They share outputs and never a sum, so no result depends
+on their number; instruction sets round differently. After a fork it uses one, because the
+runtime's team did not come along.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,6 @@ import torch
 from torch import Tensor
 
 from decal.errors import ConfigError
-from decal.kernels import declared
 
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
 """Best first."""
@@ -68,24 +68,25 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"{path.name} cannot be loaded: {error}"
+    outdated = f"{path.name} is out of date: run `{REBUILD}`"
     try:
         library.decal_supports.argtypes = [ctypes.c_char_p]
-        library.decal_described.restype = ctypes.c_char_p
+        library.decal_sources.restype = ctypes.c_char_p
         library.decal_team.argtypes = [ctypes.c_int]
+        if _sources() not in (None, library.decal_sources().decode()):
+            return None, outdated
         _borrow_threads(library)
     except AttributeError:
-        return None, f"{path.name} is out of date: run `{REBUILD}`"
+        return None, outdated
     return library, "compiled"
 
 
-@cache
-def _outdated() -> frozenset[str] | None:
-    """The functions declared otherwise by now; None where the library is of these sources."""
-    library, _ = _library()
-    if library is None or not (SOURCES / "vec.h").is_file():
+def _sources() -> str | None:
+    """The hash of native/build.py's `sources`; None where there are none."""
+    paths = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
+    if SOURCES / "vec.h" not in paths:
         return None
-    then, now = json.loads(library.decal_described()), declared.describe(SOURCES)
-    return None if then == now else declared.changed(then, now)
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def _borrow_threads(library: ctypes.CDLL) -> None:
@@ -156,8 +157,7 @@ def why() -> str:
     library, reason = _library()
     if library is None:
         return reason
-    stale = "" if _outdated() is None else f"; out of date, run `{REBUILD}`"
-    return f"{isa() or 'not used here'}{stale}"
+    return isa() or "not used here"
 
 
 def state() -> dict[str, Any]:
@@ -165,9 +165,8 @@ def state() -> dict[str, Any]:
     library, reason = _library()
     if library is None:
         return {"library": reason}
-    outdated = _outdated()
     return {
-        "library": "compiled" if outdated is None else f"out of date: run `{REBUILD}`",
+        "library": reason,
         "available": list(available()),
         "in_use": isa(),
         "threads": team(),
@@ -189,8 +188,7 @@ def forced(name: str | None) -> Iterator[None]:
 @cache
 def _bound(name: str, of: str) -> Any:
     library, _ = _library()
-    outdated = _outdated() or frozenset()
-    if library is None or name in outdated or declared.ANY in outdated:
+    if library is None:
         return None
     function = getattr(library, f"decal_{name}_{of}", None)
     if function is not None:
