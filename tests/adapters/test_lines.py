@@ -161,3 +161,12 @@ def test_layers_that_drop_differently_are_no_group(other: dict[str, Any]) -> Non
     x = torch.randn(ROWS, IN, dtype=torch.float64)
     for layers in (pair, pair[::-1]):
         assert group_of(layers, Routing((("a", 1.0),), KEY), ROWS, x, exact=True) is None
+
+
+def test_a_base_that_was_exchanged_is_what_runs() -> None:
+    """Fails when the product reads the weight of the layer that stood there at first."""
+    one, x = layer("bias", 5, p=0.0), torch.randn(ROWS, IN, dtype=torch.float64)
+    with routed(Routing((("a", 1.0),))):
+        delta = one(x) - one.base_layer(x)
+        one.base_layer = base("no bias")
+        torch.testing.assert_close(one(x), one.base_layer(x) + delta, rtol=1e-9, atol=1e-12)

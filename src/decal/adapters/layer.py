@@ -62,7 +62,8 @@ class AdaptedLayer(BaseProxy):
         self.base_layer = base_layer
         self.adapters = nn.ModuleDict()
         self.state = state
-        self._view = (view,)  # in a tuple: a view that is a module must not register twice
+        # In a tuple: a view that is a module must not register twice.
+        self._view = (view, base_layer)
         self.training = base_layer.training
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,6 +108,11 @@ class AdaptedLayer(BaseProxy):
     def base(self) -> BaseLayer:
         """The base layer in logical orientation."""
         return self._view[0]
+
+    @property
+    def exchanged(self) -> bool:
+        """Whether another module has been put in the place of the one that `base` describes."""
+        return self.base_layer is not self._view[1]
 
 
 def group_of(
@@ -155,7 +161,7 @@ def group_of(
 def _frozen_line(layer: AdaptedLayer, like: Tensor, exact: bool) -> Line | None:
     """The layer without its adapters, or None where it is not frozen, plain and at hand."""
     get = getattr(layer.base, "stored", None)
-    if get is None or watched(layer) or watched(layer.base_layer):
+    if get is None or layer.exchanged or watched(layer) or watched(layer.base_layer):
         return None
     weight, bias = get(), layer.base.bias
     data = weight.data
