@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from decal.kernels import native, native_elementwise, ops, reference_loss
+from decal.kernels import native, native_elementwise, ops, precision, reference_loss
 
 WIDTHS = [1, 7, 33, 576, 1000, 5003]
 TOLERANCE = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
@@ -60,7 +60,7 @@ def test_reference_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, targets = inputs(9, 33, torch.float64)
     whole = logits.clone()
     wanted = reference_loss.softmax_loss(whole, targets, True)
-    monkeypatch.setattr(reference_loss, "_CHUNK", 70)
+    monkeypatch.setattr(precision, "_CPU_CHUNK", 70)
     assert torch.equal(reference_loss.softmax_loss(logits, targets, True), wanted)
     assert torch.equal(logits, whole)
 

@@ -6,18 +6,19 @@ Knows tensors only: neither the head that made the logits nor how losses are ave
 
 The gradient, if wanted, takes the place of the logits: [T, V] is the largest tensor of a step, and
 nothing else needs it afterwards. A caller with weights per row scales what comes next.
+
+The loss is how far the target's logit is below the largest, less the logarithm of the largest one's
+share, which is never small: one exponential serves loss and gradient.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from decal.kernels.precision import wide
+from decal.kernels.precision import chunks, wide
 
 IGNORED = -100
 """The target of a row that has no loss."""
-_CHUNK = 1 << 22
-"""Logits that are float32 at the same time."""
 
 
 def softmax_loss(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
@@ -32,15 +33,14 @@ def softmax_loss(logits: Tensor, targets: Tensor, gradient: bool) -> Tensor:
         float32 [T]; float64 where logits are.
     """
     losses = wide(logits.new_empty(logits.shape[0]))
-    size = max(1, _CHUNK // max(1, logits.shape[1]))
-    for start in range(0, logits.shape[0], size):
-        rows = slice(start, start + size)
+    for rows in chunks(logits):
         ignored = targets[rows] == IGNORED
         at = targets[rows].masked_fill(ignored, 0)[:, None]
-        log_share = wide(logits[rows]).log_softmax(1)
-        losses[rows] = (-log_share.gather(1, at)[:, 0]).masked_fill(ignored, 0)
+        values = wide(logits[rows])
+        share = values.softmax(1)
+        below = values.amax(1) - values.gather(1, at)[:, 0]
+        losses[rows] = (below - share.amax(1).log_()).masked_fill_(ignored, 0)
         if gradient:
-            share = log_share.exp_()
             share.scatter_add_(1, at, share.new_full((), -1.0).expand_as(at))
-            logits[rows] = share.masked_fill_(ignored[:, None], 0)
+            logits[rows] = share.index_fill_(0, ignored.nonzero()[:, 0], 0.0)
     return losses

@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from decal.kernels.precision import wide
+from decal.kernels.precision import chunks, wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -43,7 +43,11 @@ def rms_norm_backward(
         rstd: [T], as `rms_norm` returned it.
         add: [T, F] or None: the gradient that reaches x past the norm.
     """
-    normal = wide(x) * rstd[:, None]
-    inner = wide(grad) * wide(weight)
-    dx = rstd[:, None] * (inner - normal * (inner * normal).mean(1, keepdim=True))
-    return (dx if add is None else dx + wide(add)).to(x.dtype)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for rows in chunks(x):
+        factor = rstd[rows, None]
+        normal = wide(x[rows]) * factor
+        inner = wide(grad[rows]) * wide(weight)
+        inner.addcmul_(normal, (inner * normal).mean(1, keepdim=True), value=-1)
+        dx[rows] = inner.mul_(factor) if add is None else inner.mul_(factor).add_(add[rows])
+    return dx

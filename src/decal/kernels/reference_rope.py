@@ -44,9 +44,17 @@ def rotate(
     first, second = wide(x[..., :width]).chunk(2, dim=-1)
     cos_1, cos_2 = wide(cos[:, None]).chunk(2, dim=-1)
     sin_1, sin_2 = wide(sin[:, None]).chunk(2, dim=-1)
+    # The first products are what is written to, so a float32 x may also be `out`.
+    turned_1, turned_2 = first * cos_1, second * cos_2
     if inverse:
-        turned = first * cos_1 + second * sin_2, second * cos_2 - first * sin_1
+        turned_1.addcmul_(second, sin_2)
+        turned_2.addcmul_(first, sin_1, value=-1)
     else:
-        turned = first * cos_1 - second * sin_1, second * cos_2 + first * sin_2
-    whole = torch.cat([*(part.to(x.dtype) for part in turned), x[..., width:]], dim=-1)
-    return whole if out is None else out.copy_(whole)
+        turned_1.addcmul_(second, sin_1, value=-1)
+        turned_2.addcmul_(first, sin_2)
+    if out is None:
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out is not x:
+        out[..., width:] = x[..., width:]
+    out[..., : width // 2], out[..., width // 2 : width] = turned_1, turned_2
+    return out
