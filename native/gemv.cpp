@@ -14,9 +14,8 @@
 //
 // A code4 weight whose rows are not whole blocks of 64 is unpacked in pieces that stay in the L1
 // cache (stored.h), and then multiplied as a dense one is.
-#include <vector>
-
 #include "parallel.h"
+#include "room.h"
 #include "stored.h"
 #include "vec.h"
 
@@ -126,13 +125,9 @@ bool by_words(const Stored& w) {
 
 // The rows of x one after the other, `ld` values apart, zeros behind the last column; begins with a
 // cache line. `arranged`: among CODES values those of the same place in their words lie together.
-const Input* prepared(std::vector<Input>& room, const bf16* x, int64_t ldx, int64_t rows,
+const Input* prepared(Room<Input>& room, const bf16* x, int64_t ldx, int64_t rows,
                       int64_t columns, int64_t ld, bool arranged) {
-    constexpr uintptr_t line = 64;
-    size_t size = rows * ld + line / sizeof(Input);
-    if (room.size() < size) room.resize(size);
-    uintptr_t begin = reinterpret_cast<uintptr_t>(room.data());
-    Input* first = reinterpret_cast<Input*>((begin + line - 1) / line * line);
+    Input* first = room.get(rows * ld);
     for (int64_t row = 0; row < rows; ++row) {
         const bf16* from = x + row * ldx;
         Input* out = first + row * ld;
@@ -373,7 +368,7 @@ EXPORT(gemv)(const Stored* w, const bf16* x, int64_t ldx, int64_t rows, const bf
     using Body = void (*)(const Stored&, Range, const Input*, int64_t, const Rest&);
     static constexpr Body bodies[] = {some_rows<1>, some_rows<2>, some_rows<3>, some_rows<4>,
                                       some_rows<5>, some_rows<6>, some_rows<7>, some_rows<8>};
-    static thread_local std::vector<Input> room, low;
+    static thread_local Room<Input> room, low;
     int64_t ld = distance(w->cols);
     const Input* from = prepared(room, x, ldx, rows, w->cols, ld, by_words(*w));
     Rest rest{bias, nullptr, distance(rank), z ? rank : 0, B, ldb, add, ldadd, y, ldy};
