@@ -62,7 +62,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("parameters", "cli/merge.py:merge"): "typer makes one option of each parameter",
     **{
         ("parameters", f"kernels/{file}.py:attention_flat_backward"): "what forward took and gave"
-        for file in ("ops", "native_attention", "reference_attention")
+        for file in ("ops", "native_attention", "fused_attention", "reference_attention")
     },
     ("parameters", "verbs/compare.py:compare"): "public; each is an option of the command",
     ("parameters", "verbs/generate.py:generate"): "public; each is an option of the command",
