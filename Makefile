@@ -42,12 +42,14 @@ sanitize: $(STAMPS)/dev  ## the kernels' tests with AddressSanitizer, UBSan and 
 check: $(STAMPS)/dev  ## format, lint, types, architecture, docs
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror native/*.cpp native/*.h
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/test_architecture.py tests/test_public_api.py tests/test_docs.py
 
 format: $(STAMPS)/dev  ## rewrite the sources in the project's format
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/clang-format -i native/*.cpp native/*.h
 
 docs: $(STAMPS)/dev  ## write docs/run.yaml from the settings
 	$(BIN)/decal init - > docs/run.yaml.new && mv docs/run.yaml.new docs/run.yaml

@@ -9,14 +9,15 @@
 // summed in one place and no result depends on the number of threads; the forward pass also cuts
 // the queries. Tasks are taken from a counter, the costly ones first: causal work is a triangle.
 //
-// Scores are held transposed, [keys, queries]: a query is a lane of a vector. Maxima, sums and masks
-// then run down the lanes without a reduction inside a vector, k and v are used row by row as they
-// lie in memory, and the transposed scores are the operand that dk and dv need; only q, dout and the
-// results out and dq are turned. (The other way round k, v and both p and ds must be turned.)
+// Scores are held transposed, [keys, queries]: a query is a lane of a vector. Maxima, sums and
+// masks then run down the lanes without a reduction inside a vector, k and v are used row by row as
+// they lie in memory, and the transposed scores are the operand that dk and dv need; only q, dout
+// and the results out and dq are turned. (The other way round k, v and both p and ds must be
+// turned.)
 //
-// Blocks have BLOCK queries and BLOCK keys. On the diagonal keys come in pieces of half a block, and
-// the second piece computes only the queries that see it. The softmax runs block by block with a
-// running maximum that may lag behind by SLACK; backward takes p from lse.
+// Blocks have BLOCK queries and BLOCK keys. On the diagonal keys come in pieces of half a block,
+// and the second piece computes only the queries that see it. The softmax runs block by block with
+// a running maximum that may lag behind by SLACK; backward takes p from lse.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -34,10 +35,11 @@ constexpr int64_t BLOCK_WORDS = BLOCK / PAIR;
 constexpr int64_t QUERIES = 4 * BLOCK;  // of one forward task
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr float LOWEST = -1e30f;  // of a running maximum, so that differences stay numbers
-constexpr float SLACK = 8;  // a maximum that 2^8 times the share exceeds is kept: nothing to rescale
+constexpr float SLACK =
+    8;  // a maximum that 2^8 times the share exceeds is kept: nothing to rescale
 
-// 2^x to 1e-7 relative for x < 128, exactly 1 at 0 and exactly 0 from -127 down: a hidden key has no
-// share. NaN stays NaN.
+// 2^x to 1e-7 relative for x < 128, exactly 1 at 0 and exactly 0 from -127 down: a hidden key has
+// no share. NaN stays NaN.
 INLINE vf power_of_2(vf x) {
     vf bounded = splat(-127.0f) > x ? splat(-127.0f) : x;
     vf shifted = bounded + 12582912.0f;
@@ -69,8 +71,8 @@ struct Task {
     double cost() const { return static_cast<double>(last - first) * (first + last); }
 };
 
-std::vector<Task> tasks_of(
-    const Attention& a, const int64_t* edges, int64_t sequences, int64_t queries) {
+std::vector<Task> tasks_of(const Attention& a, const int64_t* edges, int64_t sequences,
+                           int64_t queries) {
     std::vector<Task> found;
     for (int64_t i = 0; i < sequences; ++i) {
         int64_t length = edges[i + 1] - edges[i];
@@ -78,9 +80,8 @@ std::vector<Task> tasks_of(
             for (int64_t head = 0; head < a.key_heads; ++head)
                 found.push_back({edges[i], first, std::min(first + queries, length), head});
     }
-    std::stable_sort(found.begin(), found.end(), [](const Task& x, const Task& y) {
-        return x.cost() > y.cost();
-    });
+    std::stable_sort(found.begin(), found.end(),
+                     [](const Task& x, const Task& y) { return x.cost() > y.cost(); });
     return found;
 }
 
@@ -137,8 +138,8 @@ INLINE bool any(vi x) {
 // Word rows [keys / PAIR, queries] of two rows of shares.
 INLINE void store_across(word* to, vf first, vf second) {
 #if defined(DOT_BF16)
-    alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,
-                                                       21, 6, 22, 7, 23, 8,  24, 9,  25, 10, 26,
+    alignas(64) static constexpr uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                       21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                        11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
     store_words(to, (vu)_mm512_permutexvar_epi16(_mm512_load_si512(order), both));
@@ -167,9 +168,8 @@ struct ForwardRoom {
 
 // Scores -> shares against the running maximum, one vector of queries. Returns by how much the
 // former maximum was above the new one, as a factor.
-INLINE vf soften(
-    const Attention& a, const Piece& piece, int64_t query, float* scores, word* shares, vf& top,
-    vf& total) {
+INLINE vf soften(const Attention& a, const Piece& piece, int64_t query, float* scores, word* shares,
+                 vf& top, vf& total) {
     float slope = a.scale * LOG2_E;
     vf highest = splat(-INFINITY);
     for (int64_t r = 0; r < piece.keys; ++r) {
@@ -201,9 +201,8 @@ INLINE vf soften(
 }
 
 // One head's block of queries: `out` becomes [value_dim, BLOCK], with top and total beside it.
-void attend(
-    const Attention& a, ForwardRoom& room, int64_t low, int64_t query, int64_t queries,
-    int64_t value_rows) {
+void attend(const Attention& a, ForwardRoom& room, int64_t low, int64_t query, int64_t queries,
+            int64_t value_rows) {
     int64_t depth = words(a.dim), ld = round_up(depth, W);
     float *scores = room.scores.at, *out = room.out.at;
     word* shares = room.shares.at;
@@ -214,8 +213,8 @@ void attend(
     bool begun = false;
     for_pieces(a, low, query, queries, [&](const Piece& piece) {
         int64_t from = piece.from * W, vectors = piece.to - piece.from, at = piece.at - low;
-        multiply(piece.keys, vectors, depth, room.keys.at + at * ld, ld, room.queries.at + from, BLOCK,
-                 scores + from, BLOCK, false);
+        multiply(piece.keys, vectors, depth, room.keys.at + at * ld, ld, room.queries.at + from,
+                 BLOCK, scores + from, BLOCK, false);
         for (int64_t c = from; c < piece.to * W; c += W) {
             vf top = load(room.top + c), total = load(room.total + c);
             vf factor = soften(a, piece, query + c, scores + c, shares + c, top, total);
@@ -232,9 +231,8 @@ void attend(
     });
 }
 
-void forward_task(
-    const Attention& a, const Task& task, const bf16* q, const bf16* k, const bf16* v, bf16* out,
-    float* lse) {
+void forward_task(const Attention& a, const Task& task, const bf16* q, const bf16* k, const bf16* v,
+                  bf16* out, float* lse) {
     static thread_local ForwardRoom room;
     int64_t low = a.first_key(task.first) / BLOCK * BLOCK, keys = task.last - low;
     int64_t ld = round_up(words(a.dim), W), value_rows = round_up(a.value_dim, W);
@@ -262,7 +260,8 @@ void forward_task(
                 lse[head * a.tokens + token + i] = in_powers_of_2 / LOG2_E;
             }
             bf16* to = out + token * a.out_stride() + head * a.value_dim;
-            round_transposed(room.out.at, BLOCK, queries, a.value_dim, room.factor, to, a.out_stride());
+            round_transposed(room.out.at, BLOCK, queries, a.value_dim, room.factor, to,
+                             a.out_stride());
         }
 }
 
@@ -285,8 +284,8 @@ struct BackwardRoom {
 };
 
 // p and ds of one vector of queries, from scores and from dout v^T.
-INLINE void differentiate(
-    const Attention& a, const Piece& piece, int64_t query, int64_t c, BackwardRoom& room) {
+INLINE void differentiate(const Attention& a, const Piece& piece, int64_t query, int64_t c,
+                          BackwardRoom& room) {
     float slope = a.scale * LOG2_E;
     vf lse = load(room.lse + c), delta = load(room.delta + c);
     for (int64_t r = 0; r < piece.keys; r += 2) {
@@ -304,8 +303,7 @@ INLINE void differentiate(
 }
 
 // One head's block of queries: adds to dk and dv, leaves dq [dim, BLOCK].
-void pull_back(
-    const Attention& a, BackwardRoom& room, int64_t query, int64_t queries) {
+void pull_back(const Attention& a, BackwardRoom& room, int64_t query, int64_t queries) {
     int64_t depth = words(a.dim), ld = round_up(depth, W), dims = round_up(a.dim, W);
     int64_t value_depth = words(a.value_dim), value_ld = round_up(value_depth, W);
     int64_t value_dims = round_up(a.value_dim, W);
@@ -313,8 +311,8 @@ void pull_back(
     for_pieces(a, 0, query, queries, [&](const Piece& piece) {
         int64_t from = piece.from * W, vectors = piece.to - piece.from, at = piece.at;
         int64_t skip = from / PAIR, left = words(queries) - skip;
-        multiply(piece.keys, vectors, depth, room.k.at + at * ld, ld, room.q_turned.at + from, BLOCK,
-                 room.scores.at + from, BLOCK, false);
+        multiply(piece.keys, vectors, depth, room.k.at + at * ld, ld, room.q_turned.at + from,
+                 BLOCK, room.scores.at + from, BLOCK, false);
         multiply(piece.keys, vectors, value_depth, room.v.at + at * value_ld, value_ld,
                  room.grad_turned.at + from, BLOCK, room.slopes.at + from, BLOCK, false);
         for (int64_t c = from; c < piece.to * W; c += W) differentiate(a, piece, query, c, room);
@@ -387,10 +385,12 @@ void backward_task(const Attention& a, const Task& task, const Gradients& g) {
             Across{q, a.q_stride, queries, a.dim}.straight(room.q_across.at, dims);
             Along grad{g.grad + at, a.out_stride(), queries, a.value_dim};
             grad.transposed(room.grad_turned.at, BLOCK);
-            Across{grad.at, grad.stride, queries, a.value_dim}.straight(room.grad_across.at, value_dims);
+            Across{grad.at, grad.stride, queries, a.value_dim}.straight(room.grad_across.at,
+                                                                        value_dims);
             pull_back(a, room, query, queries);
             bf16* to = g.dq + (token * a.query_heads + head) * a.dim;
-            round_transposed(room.dq.at, BLOCK, queries, a.dim, room.factor, to, a.query_heads * a.dim);
+            round_transposed(room.dq.at, BLOCK, queries, a.dim, room.factor, to,
+                             a.query_heads * a.dim);
         }
     bf16* dk = g.dk + (task.start * a.key_heads + task.key_head) * a.dim;
     bf16* dv = g.dv + (task.start * a.key_heads + task.key_head) * a.value_dim;
@@ -403,27 +403,25 @@ void backward_task(const Attention& a, const Task& task, const Gradients& g) {
 // q [tokens, query_heads, dim], k [tokens, key_heads, dim], v [tokens, key_heads, value_dim] with
 // their own strides from token to token; out [tokens, query_heads, value_dim] and lse [query_heads,
 // tokens] without gaps. edges [sequences + 1] ascend from 0 to tokens; scale and window > 0.
-EXPORT(attention_forward)(
-    const bf16* q, const bf16* k, const bf16* v, bf16* out, float* lse, const int64_t* edges,
-    int64_t sequences, const int64_t* shape, float scale, int threads) {
-    Attention a{shape[0], shape[1], shape[2], shape[3], shape[4],
-                shape[5], shape[6], edges[sequences], scale, shape[7]};
-    run_tasks(tasks_of(a, edges, sequences, QUERIES), threads, [&](const Task& task) {
-        forward_task(a, task, q, k, v, out, lse);
-    });
+EXPORT(attention_forward)(const bf16* q, const bf16* k, const bf16* v, bf16* out, float* lse,
+                          const int64_t* edges, int64_t sequences, const int64_t* shape,
+                          float scale, int threads) {
+    Attention a{shape[0], shape[1], shape[2],         shape[3], shape[4],
+                shape[5], shape[6], edges[sequences], scale,    shape[7]};
+    run_tasks(tasks_of(a, edges, sequences, QUERIES), threads,
+              [&](const Task& task) { forward_task(a, task, q, k, v, out, lse); });
 }
 
 // The gradients of q, k and v, all without gaps, from that of out (grad, without gaps).
-EXPORT(attention_backward)(
-    const bf16* grad, const bf16* q, const bf16* k, const bf16* v, const bf16* out, const float* lse,
-    bf16* dq, bf16* dk, bf16* dv, const int64_t* edges, int64_t sequences, const int64_t* shape,
-    float scale, int threads) {
-    Attention a{shape[0], shape[1], shape[2], shape[3], shape[4],
-                shape[5], shape[6], edges[sequences], scale, shape[7]};
+EXPORT(attention_backward)(const bf16* grad, const bf16* q, const bf16* k, const bf16* v,
+                           const bf16* out, const float* lse, bf16* dq, bf16* dk, bf16* dv,
+                           const int64_t* edges, int64_t sequences, const int64_t* shape,
+                           float scale, int threads) {
+    Attention a{shape[0], shape[1], shape[2],         shape[3], shape[4],
+                shape[5], shape[6], edges[sequences], scale,    shape[7]};
     Gradients g{grad, q, k, v, out, lse, dq, dk, dv};
-    run_tasks(tasks_of(a, edges, sequences, INT64_MAX / 2), threads, [&](const Task& task) {
-        backward_task(a, task, g);
-    });
+    run_tasks(tasks_of(a, edges, sequences, INT64_MAX / 2), threads,
+              [&](const Task& task) { backward_task(a, task, g); });
 }
 
 }  // namespace NAMESPACE

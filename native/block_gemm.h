@@ -7,8 +7,9 @@
 // words. Both come from bf16 rows in memory by one of four ways of packing: words taken along a row
 // or across rows, stored as they are or transposed. So nothing here reads past a row's end.
 //
-//     contraction over the columns of X:   A = X          along, straight      B = X^T   along, transposed
-//     contraction over the rows of X:      B = X          across, straight     A = X^T   across, transposed
+//     contraction over the columns of X:   A = X          along, straight      B = X^T   along,
+//     transposed contraction over the rows of X:      B = X          across, straight     A = X^T
+//     across, transposed
 //
 // All names are local to the source that includes this: every source may have its own like them.
 #pragma once
@@ -51,9 +52,8 @@ INLINE vf dot(vf sum, word a, vw b) {
 }
 
 template <int ROWS, int VECS>
-void register_block(
-    int64_t depth, const word* a, int64_t lda, const word* b, int64_t ldb, float* c, int64_t ldc,
-    bool add) {
+void register_block(int64_t depth, const word* a, int64_t lda, const word* b, int64_t ldb, float* c,
+                    int64_t ldc, bool add) {
     vf sums[ROWS][VECS];
 #pragma GCC unroll 6
     for (int i = 0; i < ROWS; ++i)
@@ -75,24 +75,27 @@ void register_block(
 }
 
 template <int VECS>
-void register_blocks(
-    int64_t rows, int64_t depth, const word* a, int64_t lda, const word* b, int64_t ldb, float* c,
-    int64_t ldc, bool add) {
+void register_blocks(int64_t rows, int64_t depth, const word* a, int64_t lda, const word* b,
+                     int64_t ldb, float* c, int64_t ldc, bool add) {
     for (; rows >= TALL; rows -= TALL, a += TALL * lda, c += TALL * ldc)
         register_block<TALL, VECS>(depth, a, lda, b, ldb, c, ldc, add);
     switch (rows) {
-        case 5: return register_block<5, VECS>(depth, a, lda, b, ldb, c, ldc, add);
-        case 4: return register_block<4, VECS>(depth, a, lda, b, ldb, c, ldc, add);
-        case 3: return register_block<3, VECS>(depth, a, lda, b, ldb, c, ldc, add);
-        case 2: return register_block<2, VECS>(depth, a, lda, b, ldb, c, ldc, add);
-        case 1: return register_block<1, VECS>(depth, a, lda, b, ldb, c, ldc, add);
+        case 5:
+            return register_block<5, VECS>(depth, a, lda, b, ldb, c, ldc, add);
+        case 4:
+            return register_block<4, VECS>(depth, a, lda, b, ldb, c, ldc, add);
+        case 3:
+            return register_block<3, VECS>(depth, a, lda, b, ldb, c, ldc, add);
+        case 2:
+            return register_block<2, VECS>(depth, a, lda, b, ldb, c, ldc, add);
+        case 1:
+            return register_block<1, VECS>(depth, a, lda, b, ldb, c, ldc, add);
     }
 }
 
 // C [rows, vectors * W] (+)= A B; depth, lda and ldb count words.
-void multiply(
-    int64_t rows, int64_t vectors, int64_t depth, const word* a, int64_t lda, const word* b,
-    int64_t ldb, float* c, int64_t ldc, bool add) {
+void multiply(int64_t rows, int64_t vectors, int64_t depth, const word* a, int64_t lda,
+              const word* b, int64_t ldb, float* c, int64_t ldc, bool add) {
     for (; vectors >= WIDE; vectors -= WIDE, b += WIDE * W, c += WIDE * W)
         register_blocks<WIDE>(rows, depth, a, lda, b, ldb, c, ldc, add);
 #if DECAL_W == 16
@@ -105,7 +108,8 @@ void multiply(
 // x[i][j] <-> x[j][i]
 #if defined(__AVX512F__)
 #pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of GCC's own header, in what is masked out
+#pragma GCC diagnostic ignored \
+    "-Wmaybe-uninitialized"  // of GCC's own header, in what is masked out
 template <class V>
 INLINE void transpose(V (&x)[W]) {
     __m512i r[16], t[16];
@@ -169,8 +173,10 @@ struct Packing {
             const bf16* row = at + i * stride + 2 * c;
             int64_t left = columns - 2 * c;
             vu held{};
-            if (left >= 2 * W) memcpy(&held, row, sizeof held);
-            else memcpy(&held, row, left * sizeof(bf16));
+            if (left >= 2 * W)
+                memcpy(&held, row, sizeof held);
+            else
+                memcpy(&held, row, left * sizeof(bf16));
             return held;
         }
 #else
@@ -201,23 +207,23 @@ using Along = Packing<false>;
 using Across = Packing<true>;
 
 INLINE void store_row(bf16* to, vf x, int64_t left) {
-    if (left >= W) store(to, x);
-    else store_part(to, x, left);
+    if (left >= W)
+        store(to, x);
+    else
+        store_part(to, x, left);
 }
 
 // bf16 rows = factors[row] * float rows; `from` [rows, columns rounded up to W]
-void round_rows(
-    const float* from, int64_t ld, int64_t rows, int64_t columns, float factor, bf16* to,
-    int64_t stride) {
+void round_rows(const float* from, int64_t ld, int64_t rows, int64_t columns, float factor,
+                bf16* to, int64_t stride) {
     for (int64_t i = 0; i < rows; ++i)
         for (int64_t c = 0; c < columns; c += W)
             store_row(to + i * stride + c, factor * load(from + i * ld + c), columns - c);
 }
 
 // The same from `from` [columns, rows], both rounded up to W; one factor per row.
-void round_transposed(
-    const float* from, int64_t ld, int64_t rows, int64_t columns, const float* factors, bf16* to,
-    int64_t stride) {
+void round_transposed(const float* from, int64_t ld, int64_t rows, int64_t columns,
+                      const float* factors, bf16* to, int64_t stride) {
     for (int64_t c = 0; c < columns; c += W)
         for (int64_t i = 0; i < rows; i += W) {
             vf x[W];

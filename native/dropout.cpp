@@ -32,8 +32,8 @@ INLINE void keep_row(const Keep& keep, int64_t row, int64_t n, uint8_t* out) {
 }  // namespace NAMESPACE
 
 // The first stage: `start` is the hash of what all rows share.
-EXPORT(dropout_words)(uint64_t start, const int64_t* sample_ids, const int64_t* positions, int64_t rows,
-                      int32_t* offset, int32_t* factor) {
+EXPORT(dropout_words)(uint64_t start, const int64_t* sample_ids, const int64_t* positions,
+                      int64_t rows, int32_t* offset, int32_t* factor) {
     using namespace NAMESPACE;
     for (int64_t i = 0; i < rows; ++i) {
         uint64_t word = chained(chained(start, sample_ids[i]), positions[i]);
@@ -43,8 +43,8 @@ EXPORT(dropout_words)(uint64_t start, const int64_t* sample_ids, const int64_t* 
 }
 
 // The second: one byte an element, 1 where it is kept.
-EXPORT(dropout_keep)(const int32_t* offset, const int32_t* factor, const int32_t* column, int32_t least,
-                     int64_t rows, int64_t features, uint8_t* out, int threads) {
+EXPORT(dropout_keep)(const int32_t* offset, const int32_t* factor, const int32_t* column,
+                     int32_t least, int64_t rows, int64_t features, uint8_t* out, int threads) {
     using namespace NAMESPACE;
     Keep keep{offset, factor, column, least};
     decal::for_each_thread(threads, [&](int thread, int of) {

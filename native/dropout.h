@@ -27,11 +27,13 @@ INLINE bool kept(int32_t column, int32_t offset, int32_t factor, int32_t least) 
 }
 
 // values[i] = kept ? values[i] : 0 for columns begin.. of one row; `out` may be `values`.
-INLINE void drop(const Keep& keep, int64_t row, int64_t begin, int64_t n, const bf16* values, bf16* out) {
+INLINE void drop(const Keep& keep, int64_t row, int64_t begin, int64_t n, const bf16* values,
+                 bf16* out) {
     int32_t offset = keep.offset[row], factor = keep.factor[row];
     int64_t i = 0;
     for (; i + W <= n; i += W) {
-        vi bits = kept(*reinterpret_cast<const vi*>(keep.column + begin + i), offset, factor, keep.least);
+        vi bits =
+            kept(*reinterpret_cast<const vi*>(keep.column + begin + i), offset, factor, keep.least);
         typedef int16_t vs __attribute__((vector_size(2 * DECAL_W), aligned(2), may_alias));
         vs mask = __builtin_convertvector(bits, vs);
         *reinterpret_cast<vs*>(out + i) = *reinterpret_cast<const vs*>(values + i) & mask;
@@ -44,7 +46,8 @@ INLINE void drop(const Keep& keep, int64_t row, int64_t begin, int64_t n, float*
     int32_t offset = keep.offset[row], factor = keep.factor[row];
     int64_t i = 0;
     for (; i + W <= n; i += W) {
-        vi bits = kept(*reinterpret_cast<const vi*>(keep.column + begin + i), offset, factor, keep.least);
+        vi bits =
+            kept(*reinterpret_cast<const vi*>(keep.column + begin + i), offset, factor, keep.least);
         *reinterpret_cast<vi*>(values + i) &= bits;
     }
     for (; i < n; ++i)

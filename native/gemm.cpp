@@ -16,9 +16,9 @@
 // pairs along the contraction, (k, k + 1) of one column side by side, for the dot products of bf16
 // pairs; without these it holds floats, and rows of `a` are widened block by block.
 //
-// Threads share C, never a sum, and every sum runs along the contraction in one order: results do not
-// depend on the number of threads, nor on what else is in the batch. NaN and infinity in `a` reach
-// every column of their row. Products of bf16 pairs take denormals as zeros.
+// Threads share C, never a sum, and every sum runs along the contraction in one order: results do
+// not depend on the number of threads, nor on what else is in the batch. NaN and infinity in `a`
+// reach every column of their row. Products of bf16 pairs take denormals as zeros.
 //
 // Rejected: packing `a` too (it is read by rows, which the broadcast of a pair can do in place);
 // one panel per thread row block; a group of strips packed together (no gain, more L2).
@@ -262,7 +262,8 @@ void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c, boo
     for (int i = 0; i < R; ++i) a[i] = rows.a + std::min(i, rows.count - 1) * rows.lda;
     __m512 sums[R][V];
     for (int i = 0; i < R; ++i)
-        for (int v = 0; v < V; ++v) sums[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + (i * V + v) * 16);
+        for (int v = 0; v < V; ++v)
+            sums[i][v] = fresh ? _mm512_setzero_ps() : _mm512_loadu_ps(c + (i * V + v) * 16);
     auto step = [&](const Panel* b, auto&& pair) INLINE_LAMBDA {
         __m512bh column[V];
         for (int v = 0; v < V; ++v) column[v] = (__m512bh)_mm512_loadu_si512(b + v * 16);
@@ -280,7 +281,8 @@ void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c, boo
         });
     }
     if (k < depth)
-        step(panel + k / 2 * (V * 16), [k](const bf16* row) INLINE_LAMBDA { return static_cast<int32_t>(row[k]); });
+        step(panel + k / 2 * (V * 16),
+             [k](const bf16* row) INLINE_LAMBDA { return static_cast<int32_t>(row[k]); });
     for (int i = 0; i < R; ++i)
         for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + (i * V + v) * 16, sums[i][v]);
 }
@@ -314,7 +316,8 @@ void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c, boo
 }
 #endif
 
-// --- one thread's part -----------------------------------------------------------------------------
+// --- one thread's part
+// -----------------------------------------------------------------------------
 
 struct Piece {
     const Segment* segment;
@@ -336,7 +339,8 @@ inline void finish(const Product& p, const float* c, int64_t row, int rows, int6
     for (int i = 0; i < rows; ++i) {
         const float* sums = c + i * width;
         if (p.output == floats) {
-            memcpy(static_cast<float*>(p.out) + (row + i) * p.ldout + n0, sums, held * sizeof(float));
+            memcpy(static_cast<float*>(p.out) + (row + i) * p.ldout + n0, sums,
+                   held * sizeof(float));
             continue;
         }
         bf16* out = static_cast<bf16*>(p.out) + (row + i) * p.ldout + n0;
@@ -384,7 +388,8 @@ void sweep(const Product& p, const Pass& pass, int64_t n0, Range rows, float* be
             if (p.masked == left) {
                 bf16* room = masked.get(R * depth);
                 for (int h = 0; h < height; ++h)
-                    drop(*p.keep, row + h, piece.begin, depth, block.a + h * s.lda, room + h * depth);
+                    drop(*p.keep, row + h, piece.begin, depth, block.a + h * s.lda,
+                         room + h * depth);
                 block = {room, depth, height};
             }
             multiply<V>(block, pass.panel + piece.panel * width, depth, c, pass.first && i == 0);
@@ -401,7 +406,8 @@ void sweep(const Product& p, const Pass& pass, int64_t n0, Range rows, float* be
 
 // Vectors of the next strip where `left` are to be covered: wide ones, but 3 + 3 for 2 or 4 + 2.
 INLINE int next_width(int64_t left) {
-    if (WIDEST < 4 || left % 4 == 0 || left < 3) return static_cast<int>(std::min<int64_t>(left, WIDEST));
+    if (WIDEST < 4 || left % 4 == 0 || left < 3)
+        return static_cast<int>(std::min<int64_t>(left, WIDEST));
     return left % 4 == 3 && left > 3 ? 4 : 3;
 }
 
@@ -427,16 +433,21 @@ struct Strip {
 inline void strip(const Product& p, const Pass& pass, const Strip& s, Range rows, int64_t below) {
     float* between = s.between ? s.between + below * s.vectors * W : nullptr;
     switch (s.vectors) {
-        case 1: return sweep<1>(p, pass, s.n0, rows, between);
-        case 2: return sweep<2>(p, pass, s.n0, rows, between);
+        case 1:
+            return sweep<1>(p, pass, s.n0, rows, between);
+        case 2:
+            return sweep<2>(p, pass, s.n0, rows, between);
 #if DECAL_W == 16
-        case 3: return sweep<3>(p, pass, s.n0, rows, between);
-        case 4: return sweep<4>(p, pass, s.n0, rows, between);
+        case 3:
+            return sweep<3>(p, pass, s.n0, rows, between);
+        case 4:
+            return sweep<4>(p, pass, s.n0, rows, between);
 #endif
     }
 }
 
-inline void pack(const Product& p, const Piece& piece, const Strip& strip, Panel* panel, bf16* room) {
+inline void pack(const Product& p, const Piece& piece, const Strip& strip, Panel* panel,
+                 bf16* room) {
     const Segment& s = *piece.segment;
     int width = strip.vectors * W;
     Panel* own = panel + piece.panel * width;
@@ -476,7 +487,8 @@ inline void part(const Product& p, Range rows, Range columns) {
     for (int i = 0; i < p.count; ++i) deep += p.segments[i].k;
     bool passes = deep > DEPTH || p.count > MOST;
     int64_t height = rows.end - rows.begin;
-    int64_t size = (panel_depth(std::min(deep, DEPTH)) + 16 * (std::min(p.count, MOST) + 1)) * WIDTH;
+    int64_t size =
+        (panel_depth(std::min(deep, DEPTH)) + 16 * (std::min(p.count, MOST) + 1)) * WIDTH;
     constexpr int64_t STRIPS = 64;
     Strip strips[STRIPS];
     int64_t group = std::clamp<int64_t>(GROUP / size, 1, STRIPS);
@@ -503,7 +515,8 @@ inline void part(const Product& p, Range rows, Range columns) {
                 for (int64_t row = rows.begin; row < rows.end; row += BLOCK)
                     for (int64_t i = begin; i < end; ++i) {
                         Range block{row, std::min(rows.end, row + BLOCK)};
-                        Pass pass{pieces, count, panel + (i - begin) * size, first, segment == p.count};
+                        Pass pass{pieces, count, panel + (i - begin) * size, first,
+                                  segment == p.count};
                         strip(p, pass, strips[i], block, row - rows.begin);
                     }
             }

@@ -4,13 +4,13 @@
 // A row of W is multiplied by all rows of x at once, summed in float and rounded at the end, after
 // the low-rank part, the bias and `add`. Threads share the rows of W, so each reads one stream.
 //
-// Packed codes are looked up in registers. A register of packed bytes is W words of 32 bits, 8 codes
-// each (or 2W words of 16 bits, 4 codes each); shifting all words by 4 j bits brings the j-th code
-// of every word to the lowest bits, the only ones that a lookup reads. Nothing is put back in order:
-// x is arranged once per call as the codes come out (`prepared`). The table is scaled per block: as
-// bf16 where the processor multiplies pairs of them, the values that dequantizing gives, else as
-// float. Scaling the sum of a block instead would cost an addition per block for every row of x.
-// Int8 codes are exact in bf16, and their scale is the row's: it is applied to the sum.
+// Packed codes are looked up in registers. A register of packed bytes is W words of 32 bits, 8
+// codes each (or 2W words of 16 bits, 4 codes each); shifting all words by 4 j bits brings the j-th
+// code of every word to the lowest bits, the only ones that a lookup reads. Nothing is put back in
+// order: x is arranged once per call as the codes come out (`prepared`). The table is scaled per
+// block: as bf16 where the processor multiplies pairs of them, the values that dequantizing gives,
+// else as float. Scaling the sum of a block instead would cost an addition per block for every row
+// of x. Int8 codes are exact in bf16, and their scale is the row's: it is applied to the sum.
 //
 // A code4 weight whose rows are not whole blocks of 64 is unpacked in pieces that stay in the L1
 // cache (stored.h), and then multiplied as a dense one is.
@@ -125,8 +125,8 @@ bool by_words(const Stored& w) {
 
 // The rows of x one after the other, `ld` values apart, zeros behind the last column; begins with a
 // cache line. `arranged`: among CODES values those of the same place in their words lie together.
-const Input* prepared(Room<Input>& room, const bf16* x, int64_t ldx, int64_t rows,
-                      int64_t columns, int64_t ld, bool arranged) {
+const Input* prepared(Room<Input>& room, const bf16* x, int64_t ldx, int64_t rows, int64_t columns,
+                      int64_t ld, bool arranged) {
     Input* first = room.get(rows * ld);
     for (int64_t row = 0; row < rows; ++row) {
         const bf16* from = x + row * ldx;
@@ -222,7 +222,8 @@ struct Pair {
     static constexpr int CHAINS = W < 16 ? 1 : T <= 2 ? 4 : T <= 4 ? 2 : 1;
     vf part[2][T][CHAINS] = {};
 
-    INLINE void add(const Input* x, int64_t ld, const Words (&words)[2], const Values (&values)[2]) {
+    INLINE void add(const Input* x, int64_t ld, const Words (&words)[2],
+                    const Values (&values)[2]) {
 #pragma GCC unroll 8
         for (int place = 0; place < PLACES; ++place) {
             vf weight[2] = {values[0].at(words[0], place), values[1].at(words[1], place)};
@@ -303,7 +304,7 @@ struct Sums {
         rest.finish<T>(row, all);
     }
 
-   private:
+  private:
     template <class Weight>
     INLINE void add_step(const Weight* row, const Input* x, int64_t ld) {
         for (int64_t i = 0; i < STEP; i += CHAINS * LANES)

@@ -32,10 +32,10 @@ bool has_cpuid_bit(unsigned leaf, unsigned subleaf, char which, int bit) {
 
 }  // namespace
 
-// 1 if the kernels compiled for `name` run here. Asking for amx asks Linux for leave to use the tiles.
-// Leave is the process's: it holds for threads that run already, is inherited by fork and lost by
-// exec. It is refused while some thread has a signal stack too small for the larger state; then amx
-// is not supported here.
+// 1 if the kernels compiled for `name` run here. Asking for amx asks Linux for leave to use the
+// tiles. Leave is the process's: it holds for threads that run already, is inherited by fork and
+// lost by exec. It is refused while some thread has a signal stack too small for the larger state;
+// then amx is not supported here.
 extern "C" __attribute__((visibility("default"))) int decal_supports(const char* name) {
     if (!strcmp(name, "portable")) return 1;
 #if defined(__x86_64__)
@@ -51,7 +51,8 @@ extern "C" __attribute__((visibility("default"))) int decal_supports(const char*
     if (!strcmp(name, "amx")) return bf16;
 #endif
     if (!strcmp(name, "amx"))
-        return bf16 && has_cpuid_bit(7, 0, 'd', 22) && has_cpuid_bit(7, 0, 'd', 24) && amx_allowed();
+        return bf16 && has_cpuid_bit(7, 0, 'd', 22) && has_cpuid_bit(7, 0, 'd', 24) &&
+               amx_allowed();
 #endif
     return 0;
 }

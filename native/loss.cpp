@@ -1,8 +1,8 @@
 // Cross-entropy over rows of logits: see kernels/reference_loss.py.
 //
-// A row stays in the L2 cache while it is read for its maximum, for the sum of exponentials and, with
-// the gradient, once more to be overwritten. The exponentials are computed twice: keeping them would
-// take four bytes each where the logit takes two.
+// A row stays in the L2 cache while it is read for its maximum, for the sum of exponentials and,
+// with the gradient, once more to be overwritten. The exponentials are computed twice: keeping them
+// would take four bytes each where the logit takes two.
 #include <cmath>
 #include <limits>
 
@@ -23,14 +23,12 @@ INLINE vf share_of(vf x) {
 template <class T>
 INLINE float loss_row(T* logits, int64_t n, int64_t target, bool gradient) {
     vf tops[4] = {splat(LOWEST), splat(LOWEST), splat(LOWEST), splat(LOWEST)};
-    over(n, [&](int64_t i, auto count, auto lane) INLINE_LAMBDA {
-        tops[lane] = max(get(logits + i, count, LOWEST), tops[lane]);
-    });
+    over(n, [&](int64_t i, auto count, auto lane)
+                INLINE_LAMBDA { tops[lane] = max(get(logits + i, count, LOWEST), tops[lane]); });
     float top = largest(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
     vf sums[4] = {};
-    over(n, [&](int64_t i, auto count, auto lane) INLINE_LAMBDA {
-        sums[lane] += share_of(get(logits + i, count, LOWEST) - top);
-    });
+    over(n, [&](int64_t i, auto count, auto lane)
+                INLINE_LAMBDA { sums[lane] += share_of(get(logits + i, count, LOWEST) - top); });
     float total = sum(sums);
     float below = top - get(logits + target, 1)[0];
     if (gradient) {

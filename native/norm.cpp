@@ -22,11 +22,12 @@ INLINE void norm_row(const T* x, const T* weight, float eps, int64_t n, T* y, fl
 }
 
 template <class T>
-INLINE void back_row(const T* grad, const T* x, const T* weight, float rstd, const T* add, int64_t n,
-                     T* dx) {
+INLINE void back_row(const T* grad, const T* x, const T* weight, float rstd, const T* add,
+                     int64_t n, T* dx) {
     vf products[4] = {};
     over(n, [&](int64_t i, auto count, auto lane) INLINE_LAMBDA {
-        products[lane] += get(grad + i, count) * get(weight + i, count) * (get(x + i, count) * rstd);
+        products[lane] +=
+            get(grad + i, count) * get(weight + i, count) * (get(x + i, count) * rstd);
     });
     float mean = sum(products) / static_cast<float>(n);
     over(n, [&](int64_t i, auto count, auto) INLINE_LAMBDA {
@@ -79,8 +80,8 @@ EXPORT(rms_norm_backward)(const void* grad, const void* x, const void* weight, c
     using namespace NAMESPACE;
     auto run = [&](auto type) {
         using T = decltype(type);
-        back(static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const T*>(weight), rstd,
-             static_cast<const T*>(add), rows, features, static_cast<T*>(dx), threads);
+        back(static_cast<const T*>(grad), static_cast<const T*>(x), static_cast<const T*>(weight),
+             rstd, static_cast<const T*>(add), rows, features, static_cast<T*>(dx), threads);
     };
     half ? run(bf16{}) : run(float{});
 }

@@ -25,8 +25,9 @@ void in_team(void* given) {
 }  // namespace
 
 // GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the runtime that torch has loaded.
-extern "C" __attribute__((visibility("default"))) void decal_use_openmp(
-    void* parallel, void* thread, void* threads) {
+extern "C" __attribute__((visibility("default"))) void decal_use_openmp(void* parallel,
+                                                                        void* thread,
+                                                                        void* threads) {
     openmp_parallel = reinterpret_cast<Parallel>(parallel);
     openmp_thread = reinterpret_cast<Number>(thread);
     openmp_threads = reinterpret_cast<Number>(threads);

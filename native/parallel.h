@@ -25,7 +25,8 @@ struct Range {
 };
 
 // The part of [0, n) that is `thread`'s, cut at multiples of `grain`.
-__attribute__((always_inline)) inline Range share(int64_t n, int thread, int threads, int64_t grain = 1) {
+__attribute__((always_inline)) inline Range share(int64_t n, int thread, int threads,
+                                                  int64_t grain = 1) {
     int64_t blocks = (n + grain - 1) / grain;
     int64_t begin = blocks * thread / threads * grain;
     int64_t end = blocks * (thread + 1) / threads * grain;

@@ -118,7 +118,8 @@ void fill(Operands& o) {
 
 }  // namespace NAMESPACE
 
-// Runs `rounds` blocks on each of at most `threads` threads; done[t] are the operations of thread t.
+// Runs `rounds` blocks on each of at most `threads` threads; done[t] are the operations of thread
+// t.
 EXPORT(peak)(int64_t rounds, double* done, int threads) {
     using namespace NAMESPACE;
     decal::for_each_thread(threads, [&](int thread, int) {

@@ -7,9 +7,9 @@
 // conversion flushes denormals.
 //
 // The nearest of 16 values is the count of midpoints below x: fifteen comparisons on whole vectors,
-// or with AVX-512 four steps of a binary search whose table is one register. Both are fast enough to
-// wait for memory. Dequantizing scales the 16 values once per block, rounds them once, and then only
-// looks up (codes.h).
+// or with AVX-512 four steps of a binary search whose table is one register. Both are fast enough
+// to wait for memory. Dequantizing scales the 16 values once per block, rounds them once, and then
+// only looks up (codes.h).
 #include "codes.h"
 #include "parallel.h"
 #include "vec.h"
@@ -58,7 +58,8 @@ INLINE float absmax_of(const T* x, int64_t n) {
         other = larger(other, (vi)magnitude(load(x + i + W)));
     }
     most = larger(most, other);
-    for (; i < n; i += W) most = larger(most, (vi)magnitude(load_part(x + i, n - i < W ? n - i : W)));
+    for (; i < n; i += W)
+        most = larger(most, (vi)magnitude(load_part(x + i, n - i < W ? n - i : W)));
 #if defined(__AVX512F__)
     int32_t bits = _mm512_reduce_max_epi32((__m512i)most);
 #else
@@ -100,8 +101,8 @@ struct Nearest {
         __m512 value = (__m512)x;
         for (int step = 8; step; step >>= 1) {
             __m512i probe = _mm512_add_epi32(rank, _mm512_set1_epi32(step - 1));
-            __mmask16 above = _mm512_cmp_ps_mask(
-                value, _mm512_permutexvar_ps(probe, table), _CMP_GT_OQ);
+            __mmask16 above =
+                _mm512_cmp_ps_mask(value, _mm512_permutexvar_ps(probe, table), _CMP_GT_OQ);
             rank = _mm512_mask_add_epi32(rank, above, rank, _mm512_set1_epi32(step));
         }
         return (vi)_mm512_permutexvar_epi32(rank, codes);
@@ -198,8 +199,7 @@ INLINE void expand(const uint8_t* packed, int64_t bytes, const float* code, floa
         __m512i pair = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)(packed + i)));
         __m512i first = _mm512_srli_epi64(pair, 4);
         __m512i second = _mm512_slli_epi64(_mm512_and_si512(pair, nibble), 32);
-        _mm512_storeu_ps(out + 2 * i,
-                         _mm512_permutexvar_ps(_mm512_or_si512(first, second), words));
+        _mm512_storeu_ps(out + 2 * i, _mm512_permutexvar_ps(_mm512_or_si512(first, second), words));
     }
 #else
     float table[16];
@@ -243,8 +243,7 @@ INLINE vf pick(const float* table, vi index) {
 // The number of `midpoints` (255 and an infinity behind them) below each of W values.
 INLINE vi search(vf x, const float* midpoints) {
     vi rank = vi{};
-    for (int step = 128; step; step >>= 1)
-        rank += (x > pick(midpoints, rank + (step - 1))) & step;
+    for (int step = 128; step; step >>= 1) rank += (x > pick(midpoints, rank + (step - 1))) & step;
     return rank;
 }
 
@@ -338,8 +337,8 @@ EXPORT(quantize_8bit)(const float* x, int64_t n, int64_t block, const float* mid
     });
 }
 
-EXPORT(dequantize_8bit)(const uint8_t* index, const float* absmax, const float* code,
-                        int64_t block, int64_t n, float* out, int threads) {
+EXPORT(dequantize_8bit)(const uint8_t* index, const float* absmax, const float* code, int64_t block,
+                        int64_t n, float* out, int threads) {
     for_each_thread(team(n, threads), [&](int thread, int of) {
         Range mine = share((n + block - 1) / block, thread, of);
         for (int64_t b = mine.begin; b < mine.end; ++b) {

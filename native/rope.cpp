@@ -24,7 +24,8 @@ INLINE void turn_head(const Heads& shape, const T* x, const A* cos, const A* sin
         put(out + i, first * cos_1 + to_first, count);
         put(out + half + i, second * cos_2 + to_second, count);
     });
-    if (out != x) memcpy(out + shape.width, x + shape.width, (shape.size - shape.width) * sizeof(T));
+    if (out != x)
+        memcpy(out + shape.width, x + shape.width, (shape.size - shape.width) * sizeof(T));
 }
 
 template <class T, class A>
@@ -45,15 +46,15 @@ void turn(const Heads& shape, const T* x, const A* cos, const A* sin, T* out, in
 }  // namespace NAMESPACE
 
 EXPORT(rotate)(const void* x, int64_t x_stride, int half, const void* cos, const void* sin,
-               int half_angles, int inverse, int64_t rows, int64_t heads, int64_t size, int64_t width,
-               void* out, int64_t out_stride, int threads) {
+               int half_angles, int inverse, int64_t rows, int64_t heads, int64_t size,
+               int64_t width, void* out, int64_t out_stride, int threads) {
     using namespace NAMESPACE;
     Heads shape{rows, heads, size, width, x_stride, out_stride, inverse != 0};
     auto run = [&](auto type, auto angle) {
         using T = decltype(type);
         using A = decltype(angle);
-        turn(shape, static_cast<const T*>(x), static_cast<const A*>(cos), static_cast<const A*>(sin),
-             static_cast<T*>(out), threads);
+        turn(shape, static_cast<const T*>(x), static_cast<const A*>(cos),
+             static_cast<const A*>(sin), static_cast<T*>(out), threads);
     };
     if (half)
         half_angles ? run(bf16{}, bf16{}) : run(bf16{}, float{});

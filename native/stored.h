@@ -1,10 +1,11 @@
 // A stored weight [rows, cols] and its rows as bf16: what kernels/stored.py calls `Stored`.
 //
 //     dense   bf16, `stride` values between rows
-//     code4   two 4-bit codes a byte, the first in the high nibble, rows one after the other without
-//             gaps; value = code[index] * scale of its block, in float, rounded once. Blocks run over
-//             the flattened weight. Scales are float, or bytes: table[byte] * nested[block / 256] +
-//             offset (double quantization).
+//     code4   two 4-bit codes a byte, the first in the high nibble, rows one after the other
+//     without
+//             gaps; value = code[index] * scale of its block, in float, rounded once. Blocks run
+//             over the flattened weight. Scales are float, or bytes: table[byte] * nested[block /
+//             256] + offset (double quantization).
 //     rows8   int8 and one float a row: value = code * scale / 127
 #pragma once
 #include "codes.h"
@@ -32,7 +33,8 @@ struct Stored {
     INLINE float scale(int64_t block) const {
         if (!nested) return static_cast<const float*>(scales)[block];
         // Product and sum are rounded one by one, as the reference does.
-        volatile float product = table[static_cast<const uint8_t*>(scales)[block]] * nested[block / 256];
+        volatile float product =
+            table[static_cast<const uint8_t*>(scales)[block]] * nested[block / 256];
         return product + offset;
     }
 };
@@ -55,8 +57,8 @@ INLINE void block_values(const Stored& w, float scale, int64_t begin, int64_t en
     for (; at < end; ++at) *out++ = table[at % 2 ? bytes[at / 2] & 15 : bytes[at / 2] >> 4];
 }
 
-// Fetches these columns of a row into the cache. Pieces of rows are further apart than the processor
-// looks ahead by itself. A row behind the last is harmless.
+// Fetches these columns of a row into the cache. Pieces of rows are further apart than the
+// processor looks ahead by itself. A row behind the last is harmless.
 INLINE void row_ahead(const Stored& w, int64_t row, int64_t begin, int64_t end) {
     int64_t first = w.format == dense ? 2 * (row * w.stride + begin) : row * w.cols + begin;
     int64_t bytes = w.format == dense ? 2 * (end - begin) : end - begin;
@@ -66,7 +68,8 @@ INLINE void row_ahead(const Stored& w, int64_t row, int64_t begin, int64_t end) 
 }
 
 // Columns `begin` to `end` of one row as bf16: in the weight's own memory, or in `room`.
-INLINE const bf16* row_values(const Stored& w, int64_t row, int64_t begin, int64_t end, bf16* room) {
+INLINE const bf16* row_values(const Stored& w, int64_t row, int64_t begin, int64_t end,
+                              bf16* room) {
     if (w.format == dense) return static_cast<const bf16*>(w.data) + row * w.stride + begin;
     if (w.format == rows8) {
         const int8_t* codes = static_cast<const int8_t*>(w.data) + row * w.cols;

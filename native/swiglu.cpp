@@ -7,8 +7,8 @@ namespace NAMESPACE {
 INLINE vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
 
 template <class T>
-void swiglu(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, int64_t rows, int64_t n,
-            T* out, int threads) {
+void swiglu(const T* gate, int64_t gate_stride, const T* up, int64_t up_stride, int64_t rows,
+            int64_t n, T* out, int threads) {
     decal::for_each_thread(threads, [&](int thread, int of) {
         decal::Range part = decal::share(rows, thread, of);
         for (int64_t row = part.begin; row < part.end; ++row) {
@@ -61,9 +61,10 @@ EXPORT(swiglu)(const void* gate, int64_t gate_stride, const void* up, int64_t up
     half ? run(bf16{}) : run(float{});
 }
 
-EXPORT(swiglu_backward)(const void* grad, int64_t grad_stride, const void* gate, int64_t gate_stride,
-                        const void* up, int64_t up_stride, int half, int64_t rows, int64_t features,
-                        void* d_gate, void* d_up, void* h, int threads) {
+EXPORT(swiglu_backward)(const void* grad, int64_t grad_stride, const void* gate,
+                        int64_t gate_stride, const void* up, int64_t up_stride, int half,
+                        int64_t rows, int64_t features, void* d_gate, void* d_up, void* h,
+                        int threads) {
     using namespace NAMESPACE;
     auto run = [&](auto type) {
         using T = decltype(type);

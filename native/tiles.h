@@ -23,7 +23,8 @@ INLINE void tile_zero() {
 }
 template <int tile>
 INLINE void tile_store(void* to, int64_t stride) {
-    for (int i = 0; i < 16; ++i) memcpy(static_cast<char*>(to) + i * stride, emulated_tiles[tile][i], 64);
+    for (int i = 0; i < 16; ++i)
+        memcpy(static_cast<char*>(to) + i * stride, emulated_tiles[tile][i], 64);
 }
 template <int c, int a, int b>
 INLINE void tile_dot() {

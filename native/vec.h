@@ -27,7 +27,8 @@
 #define JOIN(a, b) JOIN2(a, b)
 #define NAMESPACE JOIN(decal_, ISA)
 // The name under which kernels/native.py finds a function of this instruction set.
-#define EXPORT(name) extern "C" __attribute__((visibility("default"))) void JOIN(decal_##name##_, ISA)
+#define EXPORT(name) \
+    extern "C" __attribute__((visibility("default"))) void JOIN(decal_##name##_, ISA)
 
 #if defined(__AVX512F__)
 #define DECAL_W 16
@@ -122,7 +123,8 @@ INLINE float largest(vf x) {
     for (int i = 1; i < W; ++i) out = x[i] > out ? x[i] : out;
     return out;
 }
-// Where a and b cannot be compared, b. The intrinsics are what gcc does not make of the comparisons.
+// Where a and b cannot be compared, b. The intrinsics are what gcc does not make of the
+// comparisons.
 #if defined(__AVX512F__)
 INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
