@@ -108,7 +108,7 @@ def workers(
     names: list[str], setting: str, given: argparse.Namespace, folder: str
 ) -> Iterator[dict[str, Worker]]:
     """The contenders of a group, loaded and ready for a step."""
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     environment |= {"OMP_NUM_THREADS": str(given.threads), "TOKENIZERS_PARALLELISM": "false"}
     if given.isa:
         environment |= {"DECAL_ISA": given.isa, **HELD[given.isa]}

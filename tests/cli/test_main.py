@@ -246,7 +246,7 @@ def test_warnings_are_one_line(
     def verb() -> dict[str, Any]:
         warnings.simplefilter("always")
         warnings.warn("threads differ:\n  4 and 2", UserWarning, stacklevel=2)
-        return {}
+        return {"kernels": {}}
 
     monkeypatch.setattr(importlib.import_module("decal.verbs.env"), "env", verb)
     assert main(["env"]) == 0

@@ -200,7 +200,7 @@ def test_any_strides() -> None:
         {"v": torch.zeros(5, 2, 4, dtype=torch.bfloat16)},
         {"v": torch.zeros(5, 4, dtype=torch.bfloat16)},
     ],
-    ids=str,
+    ids=lambda change: "-".join(f"{k}{list(getattr(v, 'shape', [v]))}" for k, v in change.items()),
 )
 def test_leaves_the_rest_to_the_reference(change: dict[str, object]) -> None:
     """Fails if what the kernel does not know, or could not trust, is passed to it."""

@@ -7,7 +7,6 @@ the weight takes most of the time, so it is unpacked once for all of them.
 from __future__ import annotations
 
 from ctypes import byref, c_int, c_int64, c_void_p
-from typing import Any
 
 from torch import Tensor
 
@@ -16,10 +15,6 @@ from decal.kernels.native_stored import StoredStruct, pointer
 
 MOST = 8
 """Rows in one call."""
-
-_ROWS = (c_void_p, c_int64)
-_LOW = (*_ROWS, c_int64, *_ROWS)
-_ARGUMENTS = (c_void_p, *_ROWS, c_int64, c_void_p, *_LOW, *_ROWS, *_ROWS, c_int)
 
 
 def multiply(
@@ -38,27 +33,25 @@ def multiply(
     Returns:
         Whether it did; False for more rows or none, or without the library.
     """
-    run: Any = native.kernel("gemv")
+    run = native.kernel("gemv")
     if run is None or not 1 <= x.shape[0] <= MOST:
         return False
-    if run.argtypes is None:
-        run.argtypes = _ARGUMENTS
     z, B = low or (None, None)
     run(
         byref(weight),
         *_rows(x),
-        x.shape[0],
-        pointer(bias),
+        c_int64(x.shape[0]),
+        c_void_p(pointer(bias)),
         *_rows(z),
-        0 if z is None else z.shape[1],
+        c_int64(0 if z is None else z.shape[1]),
         *_rows(B),
         *_rows(add),
         *_rows(out),
-        native.threads(),
+        c_int(native.threads()),
     )
     return True
 
 
-def _rows(x: Tensor | None) -> tuple[int, int]:
+def _rows(x: Tensor | None) -> tuple[c_void_p, c_int64]:
     """Where the rows begin, and the distance between two."""
-    return (0, 0) if x is None else (x.data_ptr(), x.stride(0))
+    return c_void_p(pointer(x)), c_int64(0 if x is None else x.stride(0))

@@ -95,7 +95,8 @@ class QuantFormat(Protocol):
 
 def times_transpose(x: Tensor, weight: Stored) -> Tensor:
     """x [..., in] times the transpose of a weight [out, in] -> [..., out] in x's dtype."""
-    return ops.project(x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
+    y = ops.project(x.reshape(-1, x.shape[-1]), weight)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def times(grad: Tensor, weight: Stored) -> Tensor:

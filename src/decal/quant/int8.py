@@ -87,7 +87,7 @@ class RowFormat:
         if columns.numel():
             kept = ops.dequantize_rows(codes[:, columns], scales, x.dtype)
             y = torch.addmm(y, rows[:, columns], kept.T)
-        return y.view(*x.shape[:-1], packed.shape[0])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], packed.shape[0])
 
     def part_shapes(
         self, shape: tuple[int, int], recipe: Recipe

@@ -139,11 +139,15 @@ class QuantLinear(nn.Module):
         kind = x.device.type
         if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
+        rows = x.reshape(-1, x.shape[-1])
         if self.training or (torch.is_grad_enabled() and self._needs_grad(x)):
-            return _QuantMatmul.apply(x, self.bias, self.packed)
-        with torch.no_grad():
-            y = quant_format(self.recipe.format).infer(x, self.packed)
-            return y if self.bias is None else y.add_(self.bias.to(y.dtype))
+            y = _QuantMatmul.apply(rows, self.bias, self.packed)
+        else:
+            with torch.no_grad():
+                y = quant_format(self.recipe.format).infer(rows, self.packed)
+                y = y if self.bias is None else y.add_(self.bias.to(y.dtype))
+        # Here, not where the product is: autograd lets models add to this view in place.
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     def _needs_grad(self, x: Tensor) -> bool:
         return x.requires_grad or (self.bias is not None and self.bias.requires_grad)

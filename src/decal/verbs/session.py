@@ -21,6 +21,7 @@ from decal.data.pack import Batches, make_batches
 from decal.data.sample import Sample
 from decal.errors import QuantError
 from decal.model import attention, heads, last_hidden, switches
+from decal.model.heap import keeping_freed
 from decal.model.inject import adapters_of, fused_line, trainable_line
 from decal.model.size import bits_per_weight
 from decal.model.targets import TargetTable
@@ -127,6 +128,7 @@ class Session:
     def training(self) -> Iterator[None]:
         """The model as the loop needs it: no dropout of its own, attention, checkpointing."""
         with ExitStack() as stack:
+            stack.enter_context(keeping_freed())
             stack.enter_context(switches.without_dropout(self.model))
             if self.flat:
                 stack.enter_context(attention.flat_attention(self.model))
