@@ -46,9 +46,11 @@ from decal.kernels.stored import Stored
 POOLS = False
 CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**25}
 """Logits per chunk: 16 MB of fp32 suit a CPU's caches and allocator, 128 MB keep a GPU busy."""
-CHUNK_BYTES = 2**26
-"""Of projected logits at a time: hundreds of tokens, so that reading the head costs little beside
-multiplying with it, and a small part of what a step holds anyway."""
+CHUNK_BYTES = 31 * 2**20
+"""Of projected logits at a time. glibc maps blocks of 32 MB for themselves: their pages are cleared
+anew for every chunk, which takes longer than multiplying a little less at once."""
+CHUNK_TOKENS = 256
+"""But as many at least, so that reading the head costs little beside multiplying with it."""
 
 
 def trained_positions(batch: Batch) -> Tensor:
@@ -125,7 +127,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         wanted: bool,
     ) -> Tensor:
-        step = max(1, CHUNK_BYTES // (head.shape[0] * hidden.element_size()))
+        step = max(CHUNK_TOKENS, CHUNK_BYTES // (head.shape[0] * hidden.element_size()))
         losses, gradients = [], []
         for h, y in zip(hidden.split(step), targets.split(step), strict=True):
             logits = ops.project(h, head, bias)
