@@ -145,6 +145,7 @@ def test_projected_is_cross_entropy_in_float64(
     Mutations: leave out the upstream factor, the bias or the last chunk; give targets of the first
     chunk to all; average."""
     monkeypatch.setattr(sft, "CHUNK_BYTES", 3 * V * 8)
+    monkeypatch.setattr(sft, "CHUNK_TOKENS", 1)
     hidden, head, targets = operands(torch.float64)
     hidden, targets = hidden.detach()[:tokens].requires_grad_(), targets[:tokens].clone()
     targets[tokens // 2] = targets[0] if tokens == 1 else IGNORE
@@ -229,6 +230,7 @@ def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_logits_exist_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutations: project all tokens at once; count words and not bytes."""
     monkeypatch.setattr(sft, "CHUNK_BYTES", 3 * V * 2 + 1)
+    monkeypatch.setattr(sft, "CHUNK_TOKENS", 1)
     hidden, head, targets = operands(torch.bfloat16)
     watched = Watched(monkeypatch)
     sft.projected_loss(hidden, stored(head), None, targets).backward()
