@@ -20,13 +20,14 @@ INLINE uint64_t chained(uint64_t word, int64_t counter) {
 INLINE void keep_row(const Keep& keep, int64_t row, int64_t n, uint8_t* out) {
     typedef int8_t bytes __attribute__((vector_size(DECAL_W), aligned(1), may_alias));
     int32_t offset = keep.offset[row], factor = keep.factor[row];
+    int32_t least = keep.least[row * keep.every];
     int64_t i = 0;
     for (; i + W <= n; i += W) {
         vi column = *reinterpret_cast<const vi*>(keep.column + i);
-        vi bits = kept(column, offset, factor, keep.least);
+        vi bits = kept(column, offset, factor, least);
         *reinterpret_cast<bytes*>(out + i) = __builtin_convertvector(bits, bytes) & 1;
     }
-    for (; i < n; ++i) out[i] = kept(keep.column[i], offset, factor, keep.least);
+    for (; i < n; ++i) out[i] = kept(keep.column[i], offset, factor, least);
 }
 
 }  // namespace NAMESPACE
@@ -46,7 +47,7 @@ EXPORT(dropout_words)(uint64_t start, const int64_t* sample_ids, const int64_t* 
 EXPORT(dropout_keep)(const int32_t* offset, const int32_t* factor, const int32_t* column,
                      int32_t least, int64_t rows, int64_t features, uint8_t* out, int threads) {
     using namespace NAMESPACE;
-    Keep keep{offset, factor, column, least};
+    Keep keep{offset, factor, column, &least, 0};
     decal::for_each_thread(threads, [&](int thread, int of) {
         decal::Range part = decal::share(rows, thread, of);
         for (int64_t row = part.begin; row < part.end; ++row)

@@ -9,7 +9,8 @@ struct Keep {
     const int32_t* offset;  // [T]
     const int32_t* factor;  // [T]
     const int32_t* column;  // [F]
-    int32_t least;
+    const int32_t* least;   // [T], or one for all rows
+    int64_t every;          // 1, or 0 where there is one
 };
 
 // All ones where element (row, columns c.. of `column`) is kept.
@@ -30,28 +31,30 @@ INLINE bool kept(int32_t column, int32_t offset, int32_t factor, int32_t least) 
 INLINE void drop(const Keep& keep, int64_t row, int64_t begin, int64_t n, const bf16* values,
                  bf16* out) {
     int32_t offset = keep.offset[row], factor = keep.factor[row];
+    int32_t least = keep.least[row * keep.every];
     int64_t i = 0;
     for (; i + W <= n; i += W) {
         vi bits =
-            kept(*reinterpret_cast<const vi*>(keep.column + begin + i), offset, factor, keep.least);
+            kept(*reinterpret_cast<const vi*>(keep.column + begin + i), offset, factor, least);
         typedef int16_t vs __attribute__((vector_size(2 * DECAL_W), aligned(2), may_alias));
         vs mask = __builtin_convertvector(bits, vs);
         *reinterpret_cast<vs*>(out + i) = *reinterpret_cast<const vs*>(values + i) & mask;
     }
     for (; i < n; ++i)
-        out[i] = kept(keep.column[begin + i], offset, factor, keep.least) ? values[i] : bf16{0};
+        out[i] = kept(keep.column[begin + i], offset, factor, least) ? values[i] : bf16{0};
 }
 
 INLINE void drop(const Keep& keep, int64_t row, int64_t begin, int64_t n, float* values) {
     int32_t offset = keep.offset[row], factor = keep.factor[row];
+    int32_t least = keep.least[row * keep.every];
     int64_t i = 0;
     for (; i + W <= n; i += W) {
         vi bits =
-            kept(*reinterpret_cast<const vi*>(keep.column + begin + i), offset, factor, keep.least);
+            kept(*reinterpret_cast<const vi*>(keep.column + begin + i), offset, factor, least);
         *reinterpret_cast<vi*>(values + i) &= bits;
     }
     for (; i < n; ++i)
-        if (!kept(keep.column[begin + i], offset, factor, keep.least)) values[i] = 0;
+        if (!kept(keep.column[begin + i], offset, factor, least)) values[i] = 0;
 }
 
 }  // namespace NAMESPACE

@@ -3,13 +3,14 @@
 // One engine serves forward (y = x W^T + z B^T), backward (dx = g W + keep . (dz A)), the products
 // into and out of the rank, and the gradients of the factors. A segment is a bf16 matrix `a` and a
 // weight that is read along its rows (W^T: output columns are rows of W) or across them (W: the
-// contraction runs over rows of W). Weights stay packed; what a product needs of them becomes bf16
-// in the cache and never reaches memory.
+// contraction runs over rows of W). A segment may serve some rows of C only, so that several
+// adapters share one product with the frozen weight. Weights stay packed; what a product needs of
+// them becomes bf16 in the cache and never reaches memory.
 //
 //     for each strip of columns (a few vectors wide)          of this thread's columns
 //         pack the strip of all segments                      panel: L2, at most DEPTH deep at once
 //         for each block of rows                              of this thread's rows
-//             C block = a panel, segment by segment; mask after the first if asked
+//             C block = a panel, segment by segment; mask after the leading ones if asked
 //             bias, addend, rounding, store
 //
 // A contraction deeper than DEPTH goes in passes, with C in float between them. The panel holds
@@ -39,16 +40,18 @@ struct Segment {
     const bf16* a;
     int64_t lda;
     int64_t k;
+    int64_t begin, end;  // the rows of C that it serves; `a` begins with the first of them
     int32_t across;
     Stored weight;
 };
 
-enum Masked : int32_t { nothing = 0, after_first = 1, left = 2, right = 3 };
+enum Masked : int32_t { nothing = 0, after_leading = 1, left = 2, right = 3 };
 enum Output : int32_t { rounded = 0, floats = 1, floats_transposed = 2 };
 
 struct Product {
     const Segment* segments;
     int32_t count;
+    int32_t leading;  // segments at the beginning that `after_leading` masks; one a row at most
     int64_t M, N;
     const Keep* keep;
     int32_t masked;
@@ -370,7 +373,8 @@ struct Pass {
     bool first, last;
 };
 
-// `between` holds C of these rows in float where there are several passes.
+// Rows that the same segments serve. `between` holds their C in float where there are several
+// passes.
 template <int V>
 void sweep(const Product& p, const Pass& pass, int64_t n0, Range rows, float* between) {
     constexpr int R = tall(V), width = V * W;
@@ -380,11 +384,13 @@ void sweep(const Product& p, const Pass& pass, int64_t n0, Range rows, float* be
         int height = static_cast<int>(std::min<int64_t>(R, rows.end - row));
         float* held = between ? between + (row - rows.begin) * width : nullptr;
         if (!pass.first) memcpy(c, held, height * width * sizeof(float));
+        bool fresh = pass.first;
         for (int i = 0; i < pass.count; ++i) {
             const Piece& piece = pass.pieces[i];
             const Segment& s = *piece.segment;
+            if (row < s.begin || row >= s.end) continue;
             int64_t depth = piece.end - piece.begin;
-            Rows block{s.a + row * s.lda + piece.begin, s.lda, height};
+            Rows block{s.a + (row - s.begin) * s.lda + piece.begin, s.lda, height};
             if (p.masked == left) {
                 bf16* room = masked.get(R * depth);
                 for (int h = 0; h < height; ++h)
@@ -392,11 +398,14 @@ void sweep(const Product& p, const Pass& pass, int64_t n0, Range rows, float* be
                          room + h * depth);
                 block = {room, depth, height};
             }
-            multiply<V>(block, pass.panel + piece.panel * width, depth, c, pass.first && i == 0);
-            if (p.masked == after_first && piece.segment == p.segments && piece.end == s.k)
+            multiply<V>(block, pass.panel + piece.panel * width, depth, c, fresh);
+            fresh = false;
+            if (p.masked == after_leading && piece.segment < p.segments + p.leading &&
+                piece.end == s.k)
                 for (int h = 0; h < height; ++h)
                     drop(*p.keep, row + h, n0, std::min<int64_t>(width, p.N - n0), c + h * width);
         }
+        if (fresh) memset(c, 0, height * width * sizeof(float));
         if (pass.last)
             finish(p, c, row, height, n0, width);
         else
@@ -428,6 +437,15 @@ struct Strip {
     int vectors;
     float* between;
 };
+
+// Where the next rows begin that other segments serve, `end` if that comes first.
+inline int64_t border(const Product& p, int64_t row, int64_t end) {
+    for (int i = 0; i < p.count; ++i) {
+        if (p.segments[i].begin > row) end = std::min(end, p.segments[i].begin);
+        if (p.segments[i].end > row) end = std::min(end, p.segments[i].end);
+    }
+    return end;
+}
 
 // Rows that begin `below` rows under the thread's first.
 inline void strip(const Product& p, const Pass& pass, const Strip& s, Range rows, int64_t below) {
@@ -511,14 +529,17 @@ inline void part(const Product& p, Range rows, Range columns) {
                 int64_t end = std::min(held, begin + group);
                 for (int64_t i = begin; i < end; ++i)
                     for (int j = 0; j < count; ++j)
-                        pack(p, pieces[j], strips[i], panel + (i - begin) * size, room);
-                for (int64_t row = rows.begin; row < rows.end; row += BLOCK)
+                        if (pieces[j].segment->begin < rows.end &&
+                            pieces[j].segment->end > rows.begin)
+                            pack(p, pieces[j], strips[i], panel + (i - begin) * size, room);
+                for (int64_t row = rows.begin, next; row < rows.end; row = next) {
+                    next = border(p, row, std::min(rows.end, row + BLOCK));
                     for (int64_t i = begin; i < end; ++i) {
-                        Range block{row, std::min(rows.end, row + BLOCK)};
                         Pass pass{pieces, count, panel + (i - begin) * size, first,
                                   segment == p.count};
-                        strip(p, pass, strips[i], block, row - rows.begin);
+                        strip(p, pass, strips[i], {row, next}, row - rows.begin);
                     }
+                }
             }
         }
     }

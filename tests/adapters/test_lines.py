@@ -108,7 +108,10 @@ def test_it_is_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
         results(layer("bias", 5, 3))
     with routed(Routing(segments=(("a", ROWS),))):
         results(layer("bias", 5, p=0.0))
-    assert count == 2
+        assert count == 3
+    with routed(Routing(segments=(("elsewhere", ROWS),))):
+        layer("bias", 5)(torch.zeros(1, ROWS, IN, dtype=torch.float64))
+    assert count == 3
 
 
 def test_a_group_is_its_layers_apart() -> None:
@@ -170,3 +173,45 @@ def test_a_base_that_was_exchanged_is_what_runs() -> None:
         delta = one(x) - one.base_layer(x)
         one.base_layer = base("no bias")
         torch.testing.assert_close(one(x), one.base_layer(x) + delta, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["bias", "conv1d", "nf4"])
+@pytest.mark.parametrize("second", [0.3, 0.0])
+def test_segments_are_their_adapters_alone(kind: str, second: float) -> None:
+    """Rows of adapter a, of none, of b and of a again, each with a key of its own. Fails when a
+    segment reads another's columns of z, its rows' masks or its factors, or all share one key."""
+    first, other = layer(kind, 5, 3), layer("no bias", 2, 4, out=7)
+    if kind == "nf4":
+        del other.adapters["b"]
+    for one in (first, other):
+        for lora in [one.adapters["b"]] if "b" in one.adapters else []:
+            lora.dropout = second  # type: ignore[assignment]
+    x = torch.randn(ROWS, IN, dtype=torch.float64)
+    grads = [torch.randn(ROWS, one.base.shape[0], dtype=torch.float64) for one in (first, other)]
+    cuts = [("a", 0, 3), (None, 3, 4), ("b", 4, 9), ("a", 9, ROWS)]
+    keys = [
+        DropoutKey(i, 3 - i, KEY.sample_ids[a:b], KEY.positions[a:b])
+        for i, (_, a, b) in enumerate(cuts)
+    ]
+    routing = Routing(segments=tuple((n, b - a) for n, a, b in cuts), keys=tuple(keys))
+    group = group_of([first, other], routing, ROWS, x, exact=True)
+    assert group is not None
+    with torch.no_grad():
+        ys, z, casts = lines.forward(group, x)
+        back = lines.Backward(group, grads, z, casts, [True] * (1 + len(group.factors)))
+        dx, factors = back.dx(), back.factors(x)
+    assert dx is not None
+    at = 0
+    for (name, a, b), key in zip(cuts, keys, strict=True):
+        own = Routing(((name, 1.0),) if name else (), key)
+        alone = group_of([first, other], own, b - a, x[a:b], exact=True)
+        assert alone is not None
+        with torch.no_grad():
+            wanted, z, casts = lines.forward(alone, x[a:b])
+            parts = [g[a:b] for g in grads]
+            back = lines.Backward(alone, parts, z, casts, [True] * (1 + len(alone.factors)))
+        found = [*(y[a:b] for y in ys), dx[a:b], *factors[at : at + len(alone.factors)]]
+        at += len(alone.factors)
+        for ours, theirs in zip(found, [*wanted, back.dx(), *back.factors(x[a:b])], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert at == len(factors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 
 from decal.kernels import native, native_gemv, native_project
 from decal.kernels.native_stored import stored_struct
-from decal.kernels.stored import Stored
+from decal.kernels.stored import Low, Stored
 from decal.quant import FORMATS
 from decal.quant.base import Recipe
 from decal.quant.codebook import CodebookFormat, nested_map
@@ -78,7 +78,7 @@ def check(
 
 def extra(
     bias: torch.Tensor | None = None,
-    low: tuple[torch.Tensor, torch.Tensor] | None = None,
+    low: Sequence[Low] = (),
     add: torch.Tensor | None = None,
 ) -> tuple[Any, Any]:
     """What comes to the product with the weight, and the sum of its terms' sizes."""
@@ -87,8 +87,8 @@ def extra(
     for each in (bias, add):
         if each is not None:
             value, size = value + each.double(), size + each.double().abs()
-    if low is not None:
-        z, B = low[0].double(), low[1].double()
+    for part in low:
+        z, B = part.z.double(), part.factor.double()
         value, size = value + z @ B.T, size + z.abs() @ B.abs().T
     return value, size
 
@@ -118,7 +118,7 @@ def test_what_is_added_is_rounded_with_the_sum(isa: str, rank: int) -> None:
                 z[:, :rank], add[:, :rows] = torch.randn(count, rank), torch.randn(count, rows)
                 B = torch.randn(rows, rank).bfloat16()
                 x, bias = torch.randn(count, columns).bfloat16(), torch.randn(rows).bfloat16()
-                more = {"bias": bias, "low": (z[:, :rank], B), "add": add[:, :rows]}
+                more = {"bias": bias, "low": [Low(z[:, :rank], B)], "add": add[:, :rows]}
                 check(x, weight, values, more)
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from decal.kernels import native, native_project, ops
-from decal.kernels.stored import Keep, Stored, keep_words
+from decal.kernels.reference_project import stored_weight
+from decal.kernels.stored import Keep, Low, Stored, keep_words, stacked
 from decal.quant import Recipe, quant_format
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the library is not built")
@@ -68,18 +69,22 @@ def test_reads_its_operands_and_nothing_else(isa: str, T: int, N: int, K: int, r
         inside(T, N),
     )
     bias = inside(1, N)[0]
-    y = native_project.project(x, dense(weight), bias, (z, B), add)
+    y = native_project.project(x, dense(weight), bias, [Low(z, B)], add)
     close(y, (x.double() @ weight.double().T + bias + z.double() @ B.double().T + add))
     A, keep = inside(rank, K), keeping(T, K)
     mask = keep.mask(0, T)
     grad = inside(T, N)
-    dx = native_project.project_back([(grad, dense(weight)), (add, dense(weight))], (z, A), keep)
+    dx = native_project.project_back(
+        [(grad, dense(weight)), (add, dense(weight))], [Low(z, A)], keep
+    )
     close(dx, mask * (z.double() @ A.double()) + (grad.double() + add.double()) @ weight.double())
     close(native_project.into_rank(x, A, keep), (mask * x.double()) @ A.double().T)
     turned = inside(K, N).t()
-    y = native_project.project(x, dense(turned), bias, (z, B), add)
+    y = native_project.project(x, dense(turned), bias, [Low(z, B)], add)
     close(y, (x.double() @ turned.double().T + bias + z.double() @ B.double().T + add))
-    dx = native_project.project_back([(grad, dense(weight)), (add, dense(turned))], (z, A), keep)
+    dx = native_project.project_back(
+        [(grad, dense(weight)), (add, dense(turned))], [Low(z, A)], keep
+    )
     found = mask * (z.double() @ A.double()) + grad.double() @ weight.double()
     close(dx, found + add.double() @ turned.double())
     close(native_project.over_rows(z, x, keep), z.double().T @ (mask * x.double()))
@@ -99,17 +104,17 @@ def test_any_rank(isa: str, rank: int) -> None:
     assert not wide[:, -2:].any()
     weight = packed("nf4", 8, 70)
     grad = torch.zeros(9, 8, dtype=torch.bfloat16)
-    close(native_project.project_back([(grad, weight)], (dz, A)), dz.double() @ A.double())
+    close(native_project.project_back([(grad, weight)], [Low(dz, A)]), dz.double() @ A.double())
 
 
 @pytest.mark.parametrize("depth", [2047, 2049, 4100])
 def test_a_deep_contraction_goes_in_passes(isa: str, depth: int) -> None:
     """Fails when a pass forgets the sums of the one before, or the mask is applied in each."""
     x, weight, z, B = inside(3, depth) * 0.1, inside(5, depth), inside(3, 7), inside(5, 7)
-    y = native_project.project(x, dense(weight), None, (z, B))
+    y = native_project.project(x, dense(weight), None, [Low(z, B)])
     close(y, x.double() @ weight.double().T + z.double() @ B.double().T)
     grad, other, A, keep = inside(3, depth) * 0.1, inside(depth, 9), inside(7, 9), keeping(3, 9)
-    dx = native_project.project_back([(grad, dense(other))], (z, A), keep)
+    dx = native_project.project_back([(grad, dense(other))], [Low(z, A)], keep)
     close(dx, keep.mask(0, 3) * (z.double() @ A.double()) + grad.double() @ other.double())
     p, q, keep = inside(depth, 3) * 0.1, inside(depth, 9), keeping(depth, 9)
     close(native_project.over_rows(p, q, keep), p.double().T @ (keep.mask(0, depth) * q.double()))
@@ -144,7 +149,7 @@ def test_threads_do_not_show(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
         return [
             z,
             native_project.project(x, weight),
-            native_project.project_back([(grad, weight)], (z, inside_once), keep),
+            native_project.project_back([(grad, weight)], [Low(z, inside_once)], keep),
             native_project.over_rows(z, x, keep),
         ]
 
@@ -173,21 +178,21 @@ def test_what_does_not_fit_is_left_to_torch(isa: str) -> None:
     weight, x, z, B = packed("nf4", 40, 70), inside(9, 70), inside(9, 5), inside(40, 5)
     A, keep = inside(5, 70), keeping(9, 70)
     project, back = native_project.project, native_project.project_back
-    assert project(x, weight, None, (z, B), inside(9, 40)) is not NotImplemented
+    assert project(x, weight, None, [Low(z, B)], inside(9, 40)) is not NotImplemented
     refused = [
         project(x[:, :64], weight),
         project(x, weight, B[:39, 0].contiguous()),
-        project(x, weight, None, (z[:8], B)),
-        project(x, weight, None, (z, B[:, :4])),
-        project(x, weight, None, None, inside(8, 40)),
+        project(x, weight, None, [Low(z[:8], B, 2)]),
+        project(x, weight, None, [Low(z, B[:, :4])]),
+        project(x, weight, None, (), inside(8, 40)),
         project(x, weight._replace(data=weight.data[:-1])),
         project(x, weight._replace(scales=weight.scales[:-1])),  # type: ignore[index]
         project(x, weight._replace(data=weight.data.to("meta"))),
         project(x.float(), weight),
         back([(x, weight)]),
         back([(inside(9, 40), weight), (inside(8, 40), weight)]),
-        back([(inside(9, 40), weight)], (z, A[:, :69]), keep),
-        back([(inside(9, 40), weight)], (z, A), keeping(8, 70)),
+        back([(inside(9, 40), weight)], [Low(z, A[:, :69])], keep),
+        back([(inside(9, 40), weight)], [Low(z, A)], keeping(8, 70)),
         native_project.into_rank(x, A[:, :69]),
         native_project.into_rank(x, A, keeping(9, 69)),
         native_project.over_rows(z[:8], x),
@@ -196,3 +201,34 @@ def test_what_does_not_fit_is_left_to_torch(isa: str) -> None:
     assert all(found is NotImplemented for found in refused)
     with pytest.raises(RuntimeError):
         ops.project(x[:, :64], weight)
+
+
+@pytest.mark.parametrize("deep", [70, 2100])
+@pytest.mark.parametrize("T", [9, 64])
+def test_rows_of_several_adapters_are_those_of_each_alone(isa: str, deep: int, T: int) -> None:
+    """To the bit, with masks of their own. Fails when a part serves its neighbour's rows, z begins
+    with the product's first row, a row without an adapter keeps what was in the memory, or the mask
+    of one part reaches another's sums."""
+    cuts = [(0, 3, 5), (3, 4, 0), (4, 7, 33), (7, T, 1)]  # the second has none
+    x, weight, grad = inside(T, deep), packed("nf4", 40, deep), inside(T, 40)
+    parts = [Low(inside(b - a, r), inside(40, r), a) for a, b, r in cuts]
+    back = [Low(p.z, inside(p.z.shape[1], deep), p.start) for p in parts]
+    ids = torch.arange(T)
+    words = [
+        (keep_words(i, 0, 2, 3, ids[a:b], ids[a:b] * 7, deep, i / 5), b - a)
+        for i, (a, b, _) in enumerate(cuts)
+    ]
+    keep = stacked(words, deep, torch.device("cpu"))
+    y = native_project.project(x, weight, None, [parts[0], *parts[2:]], grad)
+    dx = native_project.project_back([(grad, weight)], [back[0], *back[2:]], keep)
+    for i, (a, b, r) in enumerate(cuts):
+        rows, many = slice(a, b), 9  # a product of few rows is multiplied in another way
+        low = [Low(torch.cat([parts[i].z] * many), parts[i].factor)] if r else []
+        xs, grads = torch.cat([x[rows]] * many), torch.cat([grad[rows]] * many)
+        alone = native_project.project(xs, weight, None, low, grads)
+        assert torch.equal(y[rows], alone[: b - a]), i
+        low = [back[i]._replace(start=0)] if r else []
+        alone = native_project.project_back([(grad[rows], weight)], low, keep.rows(a, b))
+        assert torch.equal(dx[rows], alone), i
+    wanted = keep.mask(0, T)[7:] * (parts[3].z.double() @ back[3].factor.double())
+    close(dx[7:].double() - grad[7:].double() @ stored_weight(weight, torch.float64), wanted)

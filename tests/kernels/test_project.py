@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from decal.kernels import native, ops
-from decal.kernels.stored import Keep, Stored, keep_words
+from decal.kernels.stored import Keep, Low, Stored, keep_words
 from decal.quant import Recipe, quant_format
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -108,7 +108,7 @@ def test_project(form: str, rows: int, dtype: torch.dtype) -> None:
     assert near(ops.project(x, weight), wanted, dtype, rounded=rounded)
     wanted = wanted + bias.double() + z.double() @ B.double().t() + add.double()
     before = add.clone()
-    assert near(ops.project(x, weight, bias, (z, B), add), wanted, dtype, rounded=rounded)
+    assert near(ops.project(x, weight, bias, [Low(z, B)], add), wanted, dtype, rounded=rounded)
     assert torch.equal(add, before)
 
 
@@ -127,7 +127,7 @@ def test_project_back(form: str, dropped: bool, dtype: torch.dtype) -> None:
     assert near(ops.project_back([(g, first)]), wanted, dtype, rounded=rounded)
     wanted = wanted + h.double() @ exact(second)
     wanted = wanted + kept(keep, wanted) * (dz.double() @ A.double())
-    found = ops.project_back([(g, first), (h, second)], (dz, A), keep)
+    found = ops.project_back([(g, first), (h, second)], [Low(dz, A)], keep)
     assert near(found, wanted, dtype, rounded=rounded)
 
 

@@ -72,6 +72,8 @@ class Piece(NamedTuple):
     start: int
     rows: int
     total: int
+    segment: int = 0
+    """Which of the routing's segments they are, where it has any."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +118,16 @@ class Routing:
 
     `segments` gives consecutive rows of the batch to adapters, instead of `weights`: (name or
     None, count) each. Counts are in units of which a layer's flattened rows are a whole multiple:
-    samples of a padded batch (or of a pooled head), or tokens of a flat one.
+    samples of a padded batch (or of a pooled head), or tokens of a flat one. `kept` are the rows of
+    each segment that reach the head, where it sees only some. `keys` say for each segment, instead
+    of `dropout`, how it is dropped; they know its own rows alone.
     """
 
     weights: tuple[tuple[str, float], ...] = ()
     dropout: DropoutKey | None = None
     segments: tuple[tuple[str | None, int], ...] = ()
+    kept: tuple[int, ...] = ()
+    keys: tuple[DropoutKey | None, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -129,12 +135,24 @@ class Routing:
         named = [name for name, _ in self.segments if name is not None]
         return frozenset([*named, *(name for name, _ in self.weights)])
 
+    def key_of(self, piece: Piece, module: str) -> DropoutKey | None:
+        """How some rows of a layer's input are dropped in this pass; None where torch draws.
+
+        Raises AdapterError, naming the layer `module`, where they are not rows of the key.
+        """
+        if not self.keys:
+            return None if self.dropout is None else self.dropout.of(piece, module)
+        key = self.keys[piece.segment]
+        return None if key is None else key.of(Piece(0, piece.rows, piece.rows), module)
+
     def row_counts(self, x: Tensor, rows: int) -> list[tuple[str | None, int]]:
         """`segments` in rows of one layer's input `x` with `rows` flattened rows.
 
         Raises AdapterError where the input's rows are not the batch's.
         """
         units = sum(count for _, count in self.segments)
+        if self.kept and rows == sum(self.kept):
+            return [(name, kept) for (name, _), kept in zip(self.segments, self.kept, strict=True)]
         if rows != units and (rows % units or x.shape[0] % units):
             raise AdapterError(
                 f"a layer got an input of the shape {list(x.shape)}; its rows are not those of the"

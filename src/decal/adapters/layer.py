@@ -8,7 +8,7 @@ model share.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch.nn.modules import module as torch_module
 
 from decal.adapters import lines
 from decal.adapters.base import BaseLayer, Piece, Routing, current_routing
-from decal.adapters.lines import Group, Line
+from decal.adapters.lines import Factors, Group, Line, Segment
 from decal.adapters.lora import Drawn, Dropout, Lora
 from decal.adapters.views import base_view
+from decal.kernels.stored import stacked
 
 _OWN = ("kind", "shape")
 """What makes a `BaseLayer`, which a wrapper is not."""
@@ -69,11 +70,11 @@ class AdaptedLayer(BaseProxy):
     def forward(self, x: Tensor) -> Tensor:
         """The base layer's output plus what the routed adapters add to it."""
         routing = current_routing() or self.state.routing
-        if self.acting(routing):
+        if not routing.names.isdisjoint(self.adapters):
             exact = self.base_layer.training or (torch.is_grad_enabled() and x.requires_grad)
             rows = x.numel() // max(1, x.shape[-1])
             group = group_of([self], routing, rows, x, exact=exact)
-            if group is not None:
+            if group is not None and group.segments:
                 return lines.apply(group, x)
         y: Tensor = self.base_layer(x)
         if routing.segments:
@@ -90,10 +91,10 @@ class AdaptedLayer(BaseProxy):
         rows = y.numel() // y.shape[-1]
         flat_x, flat_y = x.reshape(rows, *x.shape[y.ndim - 1 :]), y.reshape(rows, y.shape[-1])
         parts, start = [], 0
-        for name, count in routing.row_counts(x, rows):
+        for i, (name, count) in enumerate(routing.row_counts(x, rows)):
             part = flat_y[start : start + count]
             if name is not None and name in self.adapters and count:
-                piece = Piece(start, count, rows)
+                piece = Piece(start, count, rows, i)
                 adapter = self.adapters[name]
                 part = adapter(flat_x[start : start + count], part, self.base, piece=piece)
             parts.append(part)
@@ -121,7 +122,7 @@ def group_of(
     """Layers that share an input of so many rows as one product, or None where they are not that.
 
     They are if each is a frozen linear layer, in a layout that the products know, with at most one
-    adapter that acts, a plain low-rank one; and if nobody looks into them.
+    adapter that acts on a row, a plain low-rank one; and if nobody looks into them.
 
     Args:
         like: has the input's dtype and device.
@@ -129,33 +130,73 @@ def group_of(
             for inference.
     """
     device = like.device
-    if routing.segments or device.type == "meta" or torch.is_autocast_enabled(device.type):
+    if device.type == "meta" or torch.is_autocast_enabled(device.type):
         return None
     if type(like) not in _PLAIN or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return None
-    found: list[Line] = []
-    drops: list[Dropout | Drawn | None] = []
-    for layer in layers:
-        line = _frozen_line(layer, like, exact)
-        acting = layer.acting(routing)
-        if line is None or len(acting) > 1:
+    lines_ = [_frozen_line(layer, like, exact) for layer in layers]
+    frozen = [line for line in lines_ if line is not None]
+    if len(frozen) < len(layers):
+        return None
+    segments, keeps = [], []
+    features = layers[0].base.shape[1]
+    for piece, acting in _by_segment(layers, routing, rows, like):
+        found = _segment(acting, routing, piece)
+        if found is None:
             return None
-        if acting:
-            [(name, factor)] = acting
-            lora = layer.adapters[name]
-            if not isinstance(lora, Lora) or not lora.plain or watched(lora):
-                return None
-            if not drops:
-                drops = [lora.drop(routing, Piece(0, rows, rows))]
-            elif not _shares(lora, drops[0], routing):
-                return None
-            scale = lora.scale * factor / (1.0 - (drops[0].p if drops[0] else 0.0))
-            line = line._replace(A=lora.A, B=lora.B, scale=scale)
-        found.append(line)
+        segment, dropout = found
+        words = dropout.words(piece.rows, features, device) if dropout else None
+        keeps.append((words, piece.rows))
+        if any(factors is not None for factors in segment.factors):
+            segments.append(segment)
     keep = None
-    if drops and drops[0] is not None:
-        keep = drops[0].words(rows, layers[0].base.shape[1], device)
-    return Group(tuple(found), keep)
+    if any(words is not None for words, _ in keeps):
+        keep = stacked(keeps, features, device) if len(keeps) > 1 else keeps[0][0]
+    return Group(tuple(frozen), tuple(segments), keep)
+
+
+Acting = list[list[tuple[Any, float]]]
+"""For every layer of a group the adapters that act on some rows, and their factors."""
+
+
+def _by_segment(
+    layers: Sequence[AdaptedLayer], routing: Routing, rows: int, like: Tensor
+) -> Iterator[tuple[Piece, Acting]]:
+    """Consecutive rows of the layers' input, and what acts on them."""
+    if not routing.segments:
+        acting = [[(one.adapters[n], f) for n, f in one.acting(routing)] for one in layers]
+        yield Piece(0, rows, rows), acting
+        return
+    start = 0
+    for i, (name, count) in enumerate(routing.row_counts(like, rows)):
+        if count:
+            own = [[(o.adapters[name], 1.0)] if name in o.adapters else [] for o in layers]
+            yield Piece(start, count, rows, i), own
+        start += count
+
+
+def _segment(
+    acting: Acting, routing: Routing, piece: Piece
+) -> tuple[Segment, Dropout | Drawn | None] | None:
+    """The adapters of some rows as factors, and how their input is dropped; None if they are not
+    plain, or do not share a mask."""
+    found: list[Factors | None] = []
+    drops: list[Dropout | Drawn | None] = []
+    for own in acting:
+        if not own:
+            found.append(None)
+            continue
+        [(lora, factor), *more] = own
+        if more or not isinstance(lora, Lora) or not lora.plain or watched(lora):
+            return None
+        if not drops:
+            drops = [lora.drop(routing, piece)]
+        elif not _shares(lora, drops[0], routing, piece):
+            return None
+        scale = lora.scale * factor / (1.0 - (drops[0].p if drops[0] else 0.0))
+        found.append(Factors(lora.A, lora.B, scale))
+    segment = Segment(piece.start, piece.rows, tuple(found))
+    return segment, drops[0] if drops else None
 
 
 def _frozen_line(layer: AdaptedLayer, like: Tensor, exact: bool) -> Line | None:
@@ -176,10 +217,13 @@ def _frozen_line(layer: AdaptedLayer, like: Tensor, exact: bool) -> Line | None:
     return Line(weight, bias)
 
 
-def _shares(lora: Lora, dropout: Dropout | Drawn | None, routing: Routing) -> bool:
+def _shares(lora: Lora, dropout: Dropout | Drawn | None, routing: Routing, piece: Piece) -> bool:
     """Whether this adapter drops what another one of the group does."""
     if dropout is None:
-        return lora.dropout == 0 or (routing.dropout is None and not lora.training)
+        drawn = routing.dropout is not None or lora.training
+        if routing.keys:
+            drawn = routing.keys[piece.segment] is not None
+        return lora.dropout == 0 or not drawn
     if isinstance(dropout, Drawn):
         return lora.dropout == dropout.p and lora.training
     own = (lora.adapter_salt, lora.input_salt, lora.dropout)

@@ -1,4 +1,4 @@
-"""Frozen linear layers with at most one plain low-rank adapter each, computed as one product.
+"""Frozen linear layers with plain low-rank adapters, computed as one product.
 
     y_i = x W_i^T + bias_i + z_i B_i^T s_i      z = (keep . x) A^T      A = A_1, A_2, … stacked
 
@@ -10,11 +10,16 @@ size of x or y is scaled. Backward, with g_i = dL/dy_i:
     dz_i = s_i g_i B_i        dA = dz^T (keep . x)        dB_i = s_i g_i^T z_i
     dx = sum_i g_i W_i + keep . (dz A)
 
+The rows of x may be cut into segments with other adapters each, or none: the products with W and
+the pass over dx are then still one, those of the ranks are one for each segment. A row's numbers
+do not depend on what the other segments hold, so a candidate of a sweep computes what it computes
+alone.
+
 What a pass needs to keep beside x are z [T, R], two words per row for the mask, and the small
 copies of A and B in x's dtype.
 
 `forward` and `Backward` are for the inside of autograd functions; `apply` is the one for a single
-layer. What a line is made of is decided when forward begins; backward looks at
+layer. What a segment is made of is decided when forward begins; backward looks at
 nothing else. Knows no models and no formats: a weight arrives as `Stored`.
 """
 
@@ -28,29 +33,68 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from decal.kernels import ops
-from decal.kernels.stored import Keep, Stored
+from decal.kernels.stored import Keep, Low, Stored
 
 
 class Line(NamedTuple):
-    """One layer in one pass; A [r, K], B [N, r] are the float32 masters."""
+    """One frozen layer."""
 
     weight: Stored
     bias: Tensor | None = None
-    A: Tensor | None = None
-    B: Tensor | None = None
-    scale: float = 0.0
+
+
+class Factors(NamedTuple):
+    """An adapter on one layer; A [r, K], B [N, r] are the float32 masters."""
+
+    A: Tensor
+    B: Tensor
+    scale: float
+
+
+class Segment(NamedTuple):
+    """Consecutive rows of the input, and their adapters."""
+
+    start: int
+    count: int
+    factors: tuple[Factors | None, ...]
+    """One for every line of the group."""
+
+    @property
+    def rows(self) -> slice:
+        """Which they are."""
+        return slice(self.start, self.start + self.count)
+
+    @property
+    def placed(self) -> list[tuple[Factors, slice] | None]:
+        """For every line its adapter, and the columns of z that are its own."""
+        placed: list[tuple[Factors, slice] | None] = []
+        at = 0
+        for factors in self.factors:
+            if factors is None:
+                placed.append(None)
+                continue
+            placed.append((factors, slice(at, at + factors.A.shape[0])))
+            at += factors.A.shape[0]
+        return placed
 
 
 class Group(NamedTuple):
-    """Layers of one input, and which of its features reach their adapters."""
+    """Layers of one input, their adapters by rows, and which features reach these."""
 
     lines: tuple[Line, ...]
+    segments: tuple[Segment, ...] = ()
+    """In order; rows of none have no adapter."""
     keep: Keep | None = None
 
     @property
+    def adapters(self) -> list[Factors]:
+        """Of all segments and lines, in order."""
+        return [factors for s in self.segments for factors in s.factors if factors is not None]
+
+    @property
     def factors(self) -> list[Tensor]:
-        """A and B of every line that has them, in order: what autograd must know of."""
-        return [t for line in self.lines for t in (line.A, line.B) if t is not None]
+        """A and B of every adapter, in order: what autograd must know of."""
+        return [tensor for factors in self.adapters for tensor in (factors.A, factors.B)]
 
     @property
     def written(self) -> int:
@@ -59,7 +103,7 @@ class Group(NamedTuple):
 
 
 class Cast(NamedTuple):
-    """A group's adapters in the dtype that a pass computes in."""
+    """A segment's adapters in the dtype that a pass computes in."""
 
     A: Tensor
     """[R, K]: the A's, one below the other."""
@@ -67,19 +111,36 @@ class Cast(NamedTuple):
     """Every line's [N, r], scaled."""
 
 
+Casts = tuple[Cast, ...]
+"""One for every segment."""
+
+
 def forward(
     group: Group, x: Tensor, add: Tensor | None = None
-) -> tuple[list[Tensor], Tensor | None, Cast | None]:
-    """x [T, K] -> every line's y [T, N], plus `add`; z [T, R] and what made it, or None twice."""
-    cast = _cast(group, x.dtype)
-    z = None if cast is None else ops.into_rank(x, cast.A, group.keep)
-    ys = []
-    for i, (line, columns) in enumerate(_placed(group)):
-        low = None
-        if z is not None and cast is not None and (B := cast.B[i]) is not None:
-            low = (z[:, columns], B)
-        ys.append(ops.project(x, line.weight, line.bias, low, add))
-    return ys, z, cast
+) -> tuple[list[Tensor], Tensor | None, Casts]:
+    """x [T, K] -> every line's y [T, N], plus `add`; z [T, R] (R the largest), what made it."""
+    casts = tuple(_cast(segment, x.dtype) for segment in group.segments)
+    z = None
+    if casts:
+        z = x.new_empty(x.shape[0], max(cast.A.shape[0] for cast in casts))
+        for segment, cast in zip(group.segments, casts, strict=True):
+            own = z[segment.rows, : cast.A.shape[0]]
+            ops.into_rank(x[segment.rows], cast.A, _kept(group, segment), out=own)
+    ys = [
+        ops.project(x, line.weight, line.bias, _lows(group, casts, z, i), add)
+        for i, line in enumerate(group.lines)
+    ]
+    return ys, z, casts
+
+
+def _lows(group: Group, casts: Casts, z: Tensor | None, line: int) -> list[Low]:
+    """What the adapters of a line add to the product with its weight."""
+    lows = []
+    for segment, cast in zip(group.segments, casts, strict=True):
+        placed, B = segment.placed[line], cast.B[line]
+        if placed is not None and B is not None and z is not None:
+            lows.append(Low(z[segment.rows, placed[1]], B, segment.start))
+    return lows
 
 
 class Backward:
@@ -88,7 +149,7 @@ class Backward:
     Args:
         group: as forward had it.
         grads: of every line's y, [T, N]; None where y was not used.
-        z, cast: as forward returned them.
+        z, casts: as forward returned them.
         needs: whether x's gradient is wanted, then that of each of `group.factors`.
     """
 
@@ -97,17 +158,17 @@ class Backward:
         group: Group,
         grads: Sequence[Tensor | None],
         z: Tensor | None,
-        cast: Cast | None,
+        casts: Casts,
         needs: Sequence[bool],
     ):
         self.group = group
         self.grads = [None if grad is None else grad.contiguous() for grad in grads]
-        self.cast = cast
+        self.casts = casts
         self.need_x, *self.need = needs
         self.dz = None
-        if z is not None and cast is not None and (self.need_x or any(self.need[::2])):
-            self.dz = self._into_rank(z, cast)
-        self.dB = self._b_gradients(z)
+        if z is not None and (self.need_x or any(self.need[::2])):
+            self.dz = self._into_rank(z)
+        self.dB = [] if z is None else self._b_gradients(z)
 
     def dx(self) -> Tensor | None:
         """[T, K], or None where it is not wanted or nothing came back."""
@@ -115,10 +176,12 @@ class Backward:
         parts = [(grad, line.weight) for grad, line in pairs if grad is not None]
         if not self.need_x or not parts:
             return None
-        low = None
-        if self.dz is not None and self.cast is not None:
-            low = (self.dz, self.cast.A)
-        return ops.project_back(parts, low, self.group.keep)
+        lows = []
+        if self.dz is not None:
+            for segment, cast in zip(self.group.segments, self.casts, strict=True):
+                dz = self.dz[segment.rows, : cast.A.shape[0]]
+                lows.append(Low(dz, cast.A, segment.start))
+        return ops.project_back(parts, lows, self.group.keep)
 
     def factors(self, x: Tensor) -> list[Tensor | None]:
         """The gradients of `group.factors`, for the x [T, K] that forward had."""
@@ -126,67 +189,71 @@ class Backward:
         found: list[Tensor | None] = [None] * len(masters)
         found[1::2] = self.dB
         if self.dz is not None and any(self.need[::2]):
-            dA = ops.over_rows(self.dz, x, self.group.keep)
-            found[::2] = dA.split([A.shape[0] for A in masters[::2]])
+            found[::2] = self._a_gradients(self.dz, x)
         return [
             None if grad is None or not wanted else grad.to(master.dtype)
             for grad, master, wanted in zip(found, masters, self.need, strict=True)
         ]
 
-    def _into_rank(self, z: Tensor, cast: Cast) -> Tensor:
+    def _into_rank(self, z: Tensor) -> Tensor:
         dz = torch.empty_like(z)
-        for (_, columns), B, grad in zip(_placed(self.group), cast.B, self.grads, strict=True):
-            if B is not None and grad is not None:
-                ops.into_rank(grad, B.t(), out=dz[:, columns])
-            else:
-                dz[:, columns].zero_()
+        for segment, cast in zip(self.group.segments, self.casts, strict=True):
+            for placed, B, grad in zip(segment.placed, cast.B, self.grads, strict=True):
+                if placed is None or B is None:
+                    continue
+                own = dz[segment.rows, placed[1]]
+                if grad is None:
+                    own.zero_()
+                else:
+                    ops.into_rank(grad[segment.rows], B.t(), out=own)
         return dz
 
-    def _b_gradients(self, z: Tensor | None) -> list[Tensor | None]:
+    def _a_gradients(self, dz: Tensor, x: Tensor) -> list[Tensor]:
+        found: list[Tensor] = []
+        for segment, cast in zip(self.group.segments, self.casts, strict=True):
+            own = dz[segment.rows, : cast.A.shape[0]]
+            dA = ops.over_rows(own, x[segment.rows], _kept(self.group, segment))
+            found += dA.split([f.A.shape[0] for f in segment.factors if f is not None])
+        return found
+
+    def _b_gradients(self, z: Tensor) -> list[Tensor | None]:
         found: list[Tensor | None] = []
-        for (line, columns), grad in zip(_placed(self.group), self.grads, strict=True):
-            if z is None or line.B is None:
-                continue
-            wanted = grad is not None and self.need[2 * len(found) + 1]
-            dB = None
-            if grad is not None and wanted:
-                dB = ops.over_rows(grad, z[:, columns]).mul_(line.scale)
-            found.append(dB)
+        for segment in self.group.segments:
+            for placed, grad in zip(segment.placed, self.grads, strict=True):
+                if placed is None:
+                    continue
+                (factors, columns), dB = placed, None
+                if grad is not None and self.need[2 * len(found) + 1]:
+                    own = z[segment.rows, columns]
+                    dB = ops.over_rows(grad[segment.rows], own).mul_(factors.scale)
+                found.append(dB)
         return found
 
 
-def _placed(group: Group) -> list[tuple[Line, slice]]:
-    """Every line and the columns of z that are its own."""
-    placed, at = [], 0
-    for line in group.lines:
-        rank = 0 if line.A is None else line.A.shape[0]
-        placed.append((line, slice(at, at + rank)))
-        at += rank
-    return placed
+def _kept(group: Group, segment: Segment) -> Keep | None:
+    return group.keep and group.keep.rows(segment.start, segment.start + segment.count)
 
 
-def _cast(group: Group, dtype: torch.dtype) -> Cast | None:
+def _cast(segment: Segment, dtype: torch.dtype) -> Cast:
     """The adapters in `dtype`; scaled in the wider dtype of the two and rounded once."""
-    found = [line.A for line in group.lines if line.A is not None]
-    if not found:
-        return None
+    found = [factors.A for factors in segment.factors if factors is not None]
     A = (torch.cat(found) if len(found) > 1 else found[0]).to(dtype)
-    return Cast(A, tuple(_scaled(line, dtype) for line in group.lines))
+    return Cast(A, tuple(_scaled(factors, dtype) for factors in segment.factors))
 
 
-def _scaled(line: Line, dtype: torch.dtype) -> Tensor | None:
-    if line.B is None:
+def _scaled(factors: Factors | None, dtype: torch.dtype) -> Tensor | None:
+    if factors is None:
         return None
-    wide = line.B.to(torch.promote_types(line.B.dtype, dtype))
-    return (wide * line.scale).to(dtype)
+    wide = factors.B.to(torch.promote_types(factors.B.dtype, dtype))
+    return (wide * factors.scale).to(dtype)
 
 
 class _One(torch.autograd.Function):
-    """A single layer with an adapter: x [T, K] -> y [T, N]."""
+    """A single layer with adapters: x [T, K] -> y [T, N]."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group, *factors: Tensor) -> Tensor:  # type: ignore[override]
-        (y,), z, ctx.cast = forward(group, x)
+        (y,), z, ctx.casts = forward(group, x)
         ctx.save_for_backward(x, z, *factors)
         ctx.group, ctx.written = group, group.written
         return y
@@ -197,12 +264,12 @@ class _One(torch.autograd.Function):
         x, z, *_ = ctx.saved_tensors
         check_frozen(ctx)
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
-        back = Backward(ctx.group, [grad], z, ctx.cast, needs)
+        back = Backward(ctx.group, [grad], z, ctx.casts, needs)
         return back.dx(), None, *back.factors(x)
 
 
 def apply(group: Group, x: Tensor) -> Tensor:
-    """x [.., K] through a group of one line with an adapter, with gradients -> [.., N]."""
+    """x [.., K] through a group of one line with adapters, with gradients -> [.., N]."""
     rows = x.reshape(-1, x.shape[-1])
     y: Tensor
     if torch.is_grad_enabled():

@@ -317,12 +317,12 @@ class Lora(nn.Module):
 
         Raises AdapterError where they are not rows of the routing's dropout key.
         """
-        key = None if routing is None else routing.dropout
-        if self.dropout == 0 or (key is None and not self.training):
+        if self.dropout == 0:
             return None
+        key = None if routing is None else routing.key_of(piece, self.module_name)
         if key is None:
-            return Drawn.now(self.dropout)
-        key = key.of(piece, self.module_name)
+            drawn = self.training and not (routing and routing.keys)
+            return Drawn.now(self.dropout) if drawn else None
         return Dropout(key, self.adapter_salt, self.input_salt, self.dropout)
 
     def shift(self, base_bias: Tensor | None) -> Tensor | None:

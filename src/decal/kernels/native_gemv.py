@@ -12,6 +12,7 @@ from torch import Tensor
 
 from decal.kernels import native
 from decal.kernels.native_stored import StoredStruct, pointer
+from decal.kernels.stored import Low
 
 MOST = 8
 """Rows in one call."""
@@ -22,7 +23,7 @@ def multiply(
     weight: StoredStruct,
     out: Tensor,
     bias: Tensor | None = None,
-    low: tuple[Tensor, Tensor] | None = None,
+    low: Low | None = None,
     add: Tensor | None = None,
 ) -> bool:
     """Writes what the op `project` returns into `out`, for x bf16 [T, K] with T from 1 to `MOST`.
@@ -36,7 +37,7 @@ def multiply(
     run = native.kernel("gemv")
     if run is None or not 1 <= x.shape[0] <= MOST:
         return False
-    z, B = low or (None, None)
+    z, B = (None, None) if low is None else (low.z, low.factor)
     run(
         byref(weight),
         *_rows(x),

@@ -23,12 +23,10 @@ from decal.kernels.native_stored import (
     stored_struct,
     transposed,
 )
-from decal.kernels.stored import Keep, Stored
+from decal.kernels.stored import Keep, Low, Stored
 
-_NOTHING, _AFTER_FIRST, _LEFT, _RIGHT = range(4)
+_NOTHING, _AFTER_LEADING, _LEFT, _RIGHT = range(4)
 _ROUNDED, _FLOATS, _TRANSPOSED = range(3)
-_MOST = 14
-"""Segments in one call."""
 
 
 class _Segment(ctypes.Structure):
@@ -36,6 +34,8 @@ class _Segment(ctypes.Structure):
         ("a", ctypes.c_void_p),
         ("lda", ctypes.c_int64),
         ("k", ctypes.c_int64),
+        ("begin", ctypes.c_int64),
+        ("end", ctypes.c_int64),
         ("across", ctypes.c_int32),
         ("weight", StoredStruct),
     )
@@ -46,7 +46,8 @@ class _Keep(ctypes.Structure):
         ("offset", ctypes.c_void_p),
         ("factor", ctypes.c_void_p),
         ("column", ctypes.c_void_p),
-        ("least", ctypes.c_int32),
+        ("least", ctypes.c_void_p),
+        ("every", ctypes.c_int64),
     )
 
 
@@ -54,6 +55,7 @@ class _Product(ctypes.Structure):
     _fields_ = (
         ("segments", ctypes.POINTER(_Segment)),
         ("count", ctypes.c_int32),
+        ("leading", ctypes.c_int32),
         ("M", ctypes.c_int64),
         ("N", ctypes.c_int64),
         ("keep", ctypes.POINTER(_Keep)),
@@ -71,52 +73,49 @@ def project(
     x: Tensor,
     weight: Stored,
     bias: Tensor | None = None,
-    low: tuple[Tensor, Tensor] | None = None,
+    low: Sequence[Low] = (),
     add: Tensor | None = None,
 ) -> Any:
     T, (N, K) = x.shape[0], weight.shape
     rows = [(x, (T, K))]
-    if low is not None:
-        rank = low[0].shape[1]
-        rows += [(low[0], (T, rank)), (low[1], (N, rank))]
+    rows += [(part.factor, (N, part.z.shape[1])) for part in low]
     if add is not None:
         rows.append((add, (T, N)))
     if bias is not None:
         rows.append((bias[None], (1, N)))
-    if not _takes(rows, [weight]):
+    if not _takes(rows, [weight]) or not _apart(low, T):
         return NotImplemented
     out, (held, turned) = x.new_empty(T, N), _held(weight)
-    if not turned and native_gemv.multiply(x, held, out, bias, low, add):
+    whole = low[0] if len(low) == 1 and low[0].z.shape[0] == T else None
+    few = not turned and (whole is not None or not low)
+    if few and native_gemv.multiply(x, held, out, bias, whole, add):
         return out
     segments = [_segment(x, held, across=turned)]
-    if low is not None:
-        segments.append(_segment(low[0], dense_struct(low[1]), across=False))
+    segments += [_segment(p.z, dense_struct(p.factor), across=False, start=p.start) for p in low]
     _multiply(segments, out, bias=bias, add=add)
     return out
 
 
 def project_back(
     parts: Sequence[tuple[Tensor, Stored]],
-    low: tuple[Tensor, Tensor] | None = None,
+    low: Sequence[Low] = (),
     keep: Keep | None = None,
 ) -> Any:
     T, K = parts[0][0].shape[0], parts[0][1].shape[1]
     rows = [(grad, (T, weight.shape[0])) for grad, weight in parts]
-    if low is not None:
-        rank = low[0].shape[1]
-        rows += [(low[0], (T, rank)), (low[1], (rank, K))]
+    rows += [(part.factor, (part.z.shape[1], K)) for part in low]
     weights = [weight for _, weight in parts]
     if not _takes(rows, weights) or any(weight.shape[1] != K for weight in weights):
         return NotImplemented
-    if len(parts) >= _MOST or not _covers(keep, T, K):
+    if not _apart(low, T) or not _covers(keep, T, K):
         return NotImplemented
     out = parts[0][0].new_empty(T, K)
-    segments = [] if low is None else [_segment(low[0], dense_struct(low[1]), across=True)]
+    segments = [_segment(p.z, dense_struct(p.factor), across=True, start=p.start) for p in low]
     for grad, weight in parts:
         held, turned = _held(weight)
         segments.append(_segment(grad, held, across=not turned))
-    masked = low is not None and keep is not None
-    _multiply(segments, out, keep=keep, masked=_AFTER_FIRST if masked else _NOTHING)
+    masked = _AFTER_LEADING if low and keep is not None else _NOTHING
+    _multiply(segments, out, keep=keep, masked=masked, leading=len(low))
     return out
 
 
@@ -161,13 +160,22 @@ def _takes(rows: Sequence[tuple[Tensor, tuple[int, int]]], weights: Sequence[Sto
     )
 
 
+def _apart(low: Sequence[Low], rows: int) -> bool:
+    """Whether every part has rows of its own among so many, and can be read."""
+    end = 0
+    for part in sorted(low, key=lambda part: part.start):
+        if part.start < end or not is_rows(part.z, (part.z.shape[0], part.z.shape[1])):
+            return False
+        end = part.start + part.z.shape[0]
+    return end <= rows
+
+
 def _covers(keep: Keep | None, rows: int, features: int) -> bool:
     if keep is None:
         return True
-    sizes = ((keep.offset, rows), (keep.factor, rows), (keep.column, features))
-    return all(
-        x.is_cpu and x.dtype == torch.int32 and x.shape == (n,) and x.is_contiguous()
-        for x, n in sizes
+    sizes = ((keep.offset, rows), (keep.factor, rows), (keep.column, features), (keep.least, rows))
+    return all(x.is_cpu and x.dtype == torch.int32 and x.shape == (n,) for x, n in sizes) and all(
+        x.is_contiguous() for x in (keep.offset, keep.factor, keep.column)
     )
 
 
@@ -177,8 +185,9 @@ def _held(weight: Stored) -> tuple[StoredStruct, bool]:
     return dense_struct(weight.data.t()) if turned else stored_struct(weight), turned
 
 
-def _segment(a: Tensor, weight: StoredStruct, *, across: bool) -> _Segment:
-    return _Segment(a.data_ptr(), a.stride(0), a.shape[1], int(across), weight)
+def _segment(a: Tensor, weight: StoredStruct, *, across: bool, start: int = 0) -> _Segment:
+    rows, k = a.shape
+    return _Segment(a.data_ptr(), a.stride(0), k, start, start + rows, int(across), weight)
 
 
 def _multiply(
@@ -187,6 +196,7 @@ def _multiply(
     *,
     keep: Keep | None = None,
     masked: int = _NOTHING,
+    leading: int = 0,
     output: int = _ROUNDED,
     bias: Tensor | None = None,
     add: Tensor | None = None,
@@ -196,12 +206,14 @@ def _multiply(
     if keep is not None and masked != _NOTHING:
         words = ctypes.pointer(
             _Keep(
-                keep.offset.data_ptr(), keep.factor.data_ptr(), keep.column.data_ptr(), keep.least
+                *(x.data_ptr() for x in (keep.offset, keep.factor, keep.column, keep.least)),
+                keep.least.stride(0),
             )
         )
     product = _Product(
         segments=(_Segment * len(segments))(*segments),
         count=len(segments),
+        leading=leading,
         M=M,
         N=N,
         keep=words,

@@ -31,7 +31,7 @@ from decal.kernels import (
     reference_rope,
     reference_swiglu,
 )
-from decal.kernels.stored import Keep, Stored
+from decal.kernels.stored import Keep, Low, Stored
 
 
 class Choice(NamedTuple):
@@ -190,19 +190,19 @@ def project(
     x: Tensor,
     weight: Stored,
     bias: Tensor | None = None,
-    low: tuple[Tensor, Tensor] | None = None,
+    low: Sequence[Low] = (),
     add: Tensor | None = None,
 ) -> Tensor:
-    """x [T, K] -> x W^T + bias + z B^T + add, [T, N]; low = (z [T, r], B [N, r]). No gradient."""
+    """x [T, K] -> x W^T + bias + z B^T + add, [T, N]; low: z [n, r], B [N, r]. No gradient."""
     return _run("project", x, weight, bias, low, add)
 
 
 def project_back(
     parts: Sequence[tuple[Tensor, Stored]],
-    low: tuple[Tensor, Tensor] | None = None,
+    low: Sequence[Low] = (),
     keep: Keep | None = None,
 ) -> Tensor:
-    """Pairs (g [T, N], W [N, K]) -> sum g W + keep . (dz A), [T, K]; low = (dz, A [R, K])."""
+    """Pairs (g [T, N], W [N, K]) -> sum g W + keep . (dz A), [T, K]; low: dz [n, R], A [R, K]."""
     return _run("project_back", parts, low, keep)
 
 

@@ -96,6 +96,12 @@ def threshold(p: float) -> int:
     return min(round(p * 2**32), 2**32 - 1) - 2**31
 
 
+@lru_cache(maxsize=64)
+def threshold_word(p: float, device: torch.device) -> Tensor:
+    """int32 []: `threshold` on a device."""
+    return torch.tensor(threshold(p), dtype=torch.int32, device=device)
+
+
 def rows_at_once(features: int, device: torch.device) -> int:
     """Rows per chunk of the second stage."""
     chunk = _CHUNK if device.type == "cpu" else _DEVICE_CHUNK
@@ -103,19 +109,19 @@ def rows_at_once(features: int, device: torch.device) -> int:
 
 
 def kept(
-    offset: Tensor, factor: Tensor, column: Tensor, least: int, out: Tensor | None = None
+    offset: Tensor, factor: Tensor, column: Tensor, least: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    """bool [T, F], the second stage, for int32 offset and factor [T] and column [F].
+    """bool [T, F], the second stage, for int32 offset, factor and least [T] and column [F].
 
     `out` may be of any dtype: 0 and 1.
     """
     x = offset[:, None] + column
     x ^= x >> 15
     x *= factor[:, None]
-    return torch.ge(x, least, out=out)
+    return torch.ge(x, least[:, None], out=out)
 
 
-def dropped(x: Tensor, offset: Tensor, factor: Tensor, column: Tensor, least: int) -> Tensor:
+def dropped(x: Tensor, offset: Tensor, factor: Tensor, column: Tensor, least: Tensor) -> Tensor:
     """A new [T, F]: x with zeros where `kept` is false.
 
     The words that x is made of, as integers, times 0 or 1: exact for every value, infinities too,
@@ -150,10 +156,11 @@ def dropout_keep(
         bool [T, F].
     """
     offset, factor = row_halves((seed, adapter, input, epoch), sample_ids, positions)
-    column, least = column_words(features, offset.device), threshold(p)
+    column = column_words(features, offset.device)
+    least = threshold_word(p, offset.device).expand(offset.numel())
     keep = torch.empty(offset.numel(), features, dtype=torch.bool, device=offset.device)
     step = rows_at_once(features, offset.device)
     for at in range(0, offset.numel(), step):
         rows = slice(at, at + step)
-        kept(offset[rows], factor[rows], column, least, out=keep[rows])
+        kept(offset[rows], factor[rows], column, least[rows], out=keep[rows])
     return keep

@@ -5,7 +5,7 @@ layer with a low-rank adapter computes, with T rows x, a frozen W [N, K], factor
 [N, r], and 0/1 masks `keep` on the input of A:
 
     into_rank      z = (keep . x) A^T
-    project        y = x W^T + bias + z B^T + add
+    project        y = x W^T + bias + z B^T + add              z B^T of several adapters, by rows
     project_back   dx = sum_i g_i W_i + keep . (dz A)         several layers may share x
     over_rows      dA = dz^T (keep . x),   dB = g^T z         summed in float32
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decal.kernels.stored import NESTED_BLOCK_SIZE, Keep, Stored, rows_at_once
+from decal.kernels.stored import NESTED_BLOCK_SIZE, Keep, Low, Stored, rows_at_once
 
 _LINEAR: Any = (
     getattr(torch.ops.mkldnn, "_linear_pointwise", None)
@@ -32,8 +32,6 @@ _LINEAR: Any = (
     else None
 )
 """x W^T by oneDNN. torch.mm has MKL do it, which takes twice as long where the sum is long."""
-
-Low = tuple[Tensor, Tensor]
 
 
 def stored_weight(weight: Stored, dtype: torch.dtype) -> Tensor:
@@ -63,7 +61,7 @@ def project(
     x: Tensor,
     weight: Stored,
     bias: Tensor | None = None,
-    low: Low | None = None,
+    low: Sequence[Low] = (),
     add: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + bias + z B^T + add.
@@ -72,7 +70,7 @@ def project(
         x: [T, K], floating.
         weight: [N, K].
         bias: [N].
-        low: z [T, r], whose rows may be strided, and B [N, r], scaled, both in x's dtype.
+        low: for rows of their own each, z [n, r] and B [N, r], scaled.
         add: [T, N] in x's dtype.
 
     Returns:
@@ -85,19 +83,19 @@ def project(
     else:
         y = torch.nn.functional.linear(x, matrix)
         y = y if bias is None else y.add_(bias)
-    if low is not None:
-        y.addmm_(low[0], low[1].t())
+    for part in low:
+        y[part.rows].addmm_(part.z, part.factor.t())
     return y if add is None else y.add_(add)
 
 
 def project_back(
-    parts: Sequence[tuple[Tensor, Stored]], low: Low | None = None, keep: Keep | None = None
+    parts: Sequence[tuple[Tensor, Stored]], low: Sequence[Low] = (), keep: Keep | None = None
 ) -> Tensor:
     """dx = sum_i g_i W_i + keep . (dz A).
 
     Args:
         parts: at least one pair of g_i [T, N_i] and weight [N_i, K].
-        low: dz [T, R] and A [R, K], both in g's dtype.
+        low: for rows of their own each, dz [n, R] and A [R, K].
         keep: of T rows and K features; without it everything is kept.
 
     Returns:
@@ -107,15 +105,15 @@ def project_back(
     dx = first @ stored_weight(weight, first.dtype)
     for grad, weight in others:
         dx.addmm_(grad, stored_weight(weight, grad.dtype))
-    if low is None:
-        return dx
-    dz, A = low
-    if keep is None:
-        return dx.addmm_(dz, A)
-    step = rows_at_once(dx.shape[1], dx.device)
-    for start in range(0, dx.shape[0], step):
-        rows = slice(start, start + step)
-        dx[rows] += keep.dropped(dz[rows] @ A, start)
+    for dz, A, begin in low:
+        own = dx[begin : begin + dz.shape[0]]
+        if keep is None:
+            own.addmm_(dz, A)
+            continue
+        step = rows_at_once(dx.shape[1], dx.device)
+        for start in range(0, own.shape[0], step):
+            rows = slice(start, start + step)
+            own[rows] += keep.dropped(dz[rows] @ A, begin + start)
     return dx
 
 

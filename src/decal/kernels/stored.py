@@ -6,6 +6,7 @@ so that a backend can hand their addresses to a kernel without asking anybody.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,6 +53,22 @@ class Stored(NamedTuple):
         return sum(x._version for x in parts if x is not None and not x.is_inference())
 
 
+class Low(NamedTuple):
+    """The low-rank part of a product, for some of its rows: z times a small factor."""
+
+    z: Tensor
+    """[n, r], whose rows may be strided."""
+    factor: Tensor
+    """[N, r] where the product is with W^T, [r, K] where it is with W; in z's dtype."""
+    start: int = 0
+    """Row of the product that z begins with."""
+
+    @property
+    def rows(self) -> slice:
+        """The rows of the product."""
+        return slice(self.start, self.start + self.z.shape[0])
+
+
 class Keep(NamedTuple):
     """Which features of which rows are kept, in the two stages of the op `dropout_keep`.
 
@@ -66,18 +83,21 @@ class Keep(NamedTuple):
     """int32 [T]"""
     column: Tensor
     """int32 [F]"""
-    least: int
+    least: Tensor
+    """int32 [T]; of stride 0 where all rows have one."""
+
+    def rows(self, start: int, stop: int) -> Keep:
+        """The rows from `start` to `stop`, as views."""
+        rows = slice(start, stop)
+        return Keep(self.offset[rows], self.factor[rows], self.column, self.least[rows])
 
     def mask(self, start: int, stop: int) -> Tensor:
         """bool [stop - start, F]: the rows from `start` to `stop`."""
-        rows = slice(start, stop)
-        return reference_dropout.kept(self.offset[rows], self.factor[rows], self.column, self.least)
+        return reference_dropout.kept(*self.rows(start, stop))
 
     def dropped(self, x: Tensor, start: int) -> Tensor:
         """A new [n, F]: rows x, the first of which is row `start`, with zeros where dropped."""
-        rows = slice(start, start + x.shape[0])
-        words = (self.offset[rows], self.factor[rows], self.column, self.least)
-        return reference_dropout.dropped(x, *words)
+        return reference_dropout.dropped(x, *self.rows(start, start + x.shape[0]))
 
     def drop_(self, x: Tensor) -> Tensor:
         """x [T, F] with zeros where it is dropped, in place."""
@@ -86,6 +106,21 @@ class Keep(NamedTuple):
             stop = start + step
             x[start:stop] = self.dropped(x[start:stop], start)
         return x
+
+
+def stacked(parts: Sequence[tuple[Keep | None, int]], features: int, device: torch.device) -> Keep:
+    """The masks of consecutive rows as one: pairs of a mask, None keeping all, and its rows."""
+    offset, factor, least = torch.empty(
+        3, sum(rows for _, rows in parts), dtype=torch.int32, device=device
+    ).unbind()
+    start = 0
+    for keep, rows in parts:
+        own = slice(start, start + rows)
+        start += rows
+        offset[own] = 0 if keep is None else keep.offset
+        factor[own] = 1 if keep is None else keep.factor
+        least[own] = reference_dropout.threshold(0.0) if keep is None else keep.least
+    return Keep(offset, factor, reference_dropout.column_words(features, device), least)
 
 
 def keep_words(
@@ -105,7 +140,8 @@ def keep_words(
         halves = reference_dropout.row_halves(call, sample_ids, positions)
     offset, factor = halves
     column = reference_dropout.column_words(features, offset.device)
-    return Keep(offset, factor, column, reference_dropout.threshold(p))
+    least = reference_dropout.threshold_word(p, offset.device).expand(offset.numel())
+    return Keep(offset, factor, column, least)
 
 
 def rows_at_once(features: int, device: torch.device) -> int:

@@ -65,7 +65,7 @@ class NormProject(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: Norm, group: Group, *factors: Tensor) -> Any:
         n, rstd = ops.rms_norm(x, *norm)
-        ys, z, ctx.cast = lines.forward(group, n)
+        ys, z, ctx.casts = lines.forward(group, n)
         ctx.save_for_backward(x, rstd, z, *factors)
         ctx.norm, ctx.group, ctx.written = norm, group, group.written
         ctx.set_materialize_grads(False)
@@ -77,7 +77,7 @@ class NormProject(Function):
         x, rstd, z, *_ = ctx.saved_tensors
         check_frozen(ctx)
         need_x, _, _, *need = ctx.needs_input_grad
-        back = Backward(ctx.group, grads, z, ctx.cast, (need_x, *need))
+        back = Backward(ctx.group, grads, z, ctx.casts, (need_x, *need))
         found = back.factors(ops.rms_norm(x, *ctx.norm)[0])
         dn, dx = back.dx(), residual
         if dn is not None:
@@ -132,7 +132,7 @@ class ProjectAdd(Function):
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, x: Tensor, group: Group, *factors: Tensor) -> Tensor:
-        (y,), z, ctx.cast = lines.forward(group, x, residual)
+        (y,), z, ctx.casts = lines.forward(group, x, residual)
         ctx.save_for_backward(x, z, *factors)
         ctx.group, ctx.written = group, group.written
         return y
@@ -143,7 +143,7 @@ class ProjectAdd(Function):
         x, z, *_ = ctx.saved_tensors
         check_frozen(ctx)
         need_residual, need_x, _, *need = ctx.needs_input_grad
-        back = Backward(ctx.group, [grad], z, ctx.cast, (need_x, *need))
+        back = Backward(ctx.group, [grad], z, ctx.casts, (need_x, *need))
         return grad if need_residual else None, back.dx(), None, *back.factors(x)
 
 
@@ -155,9 +155,9 @@ class GatedMLP(Function):
         ctx: Any, x: Tensor, norm: Norm, first: Group, second: Group, *factors: Tensor
     ) -> Tensor:
         n, rstd = ops.rms_norm(x, *norm)
-        (gate, up), z, ctx.cast = lines.forward(first, n)
+        (gate, up), z, ctx.casts = lines.forward(first, n)
         del n
-        (y,), z_down, ctx.cast_down = lines.forward(second, ops.swiglu(gate, up), x)
+        (y,), z_down, ctx.casts_down = lines.forward(second, ops.swiglu(gate, up), x)
         ctx.save_for_backward(x, rstd, gate, up, z, z_down, *factors)
         ctx.norm, ctx.group, ctx.second = norm, first, second
         ctx.written = first.written + second.written
@@ -170,13 +170,13 @@ class GatedMLP(Function):
         check_frozen(ctx, ctx.second)
         need_x, _, _, _, *need = ctx.needs_input_grad
         split = len(ctx.group.factors)
-        down = Backward(ctx.second, [grad], z_down, ctx.cast_down, (True, *need[split:]))
+        down = Backward(ctx.second, [grad], z_down, ctx.casts_down, (True, *need[split:]))
         dh = down.dx()
         assert dh is not None
         d_gate, d_up, h = ops.swiglu_backward(dh, gate, up)
         found = down.factors(h)
         del dh, h, down
-        back = Backward(ctx.group, [d_gate, d_up], z, ctx.cast, (need_x, *need[:split]))
+        back = Backward(ctx.group, [d_gate, d_up], z, ctx.casts, (need_x, *need[:split]))
         found = back.factors(ops.rms_norm(x, *ctx.norm)[0]) + found
         dn, dx = back.dx(), None
         if dn is not None:
