@@ -299,7 +299,7 @@ def f12(folder: Path) -> Row:
 def _summed(model: Any, batch: Any) -> float:
     keep = sft.trained_positions(batch)
     logits = attention.forward(model, batch, keep)
-    return float(sft.loss(logits, batch.targets.flatten()[keep]))
+    return float(sft.losses(logits, batch.targets.flatten()[keep]).sum())
 
 
 def _arguments(folder: Path, **changes: Any) -> TrainingArguments:
@@ -394,7 +394,7 @@ def _ours_accumulated() -> float:
             for batch in micro:
                 keep = sft.trained_positions(batch)
                 logits = attention.forward(model, batch, keep)
-                (sft.loss(logits, batch.targets.flatten()[keep]) / total).backward()
+                (sft.losses(logits, batch.targets.flatten()[keep]).sum() / total).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     return float((gradients[0] - gradients[1]).norm() / gradients[0].norm())
 

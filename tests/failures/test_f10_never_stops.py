@@ -44,7 +44,8 @@ def learned_to_stop(targets: torch.Tensor, tokenizer: Any) -> float:
     for _ in range(STEPS):
         optimizer.zero_grad()
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention).logits
-        (sft.loss(logits.flatten(0, 1), targets.flatten()) / (targets != -100).sum()).backward()
+        losses = sft.losses(logits.flatten(0, 1), targets.flatten())
+        (losses.sum() / (targets != -100).sum()).backward()
         optimizer.step()
     with torch.no_grad():
         ids = torch.from_numpy(samples[0].input_ids).long()[None]

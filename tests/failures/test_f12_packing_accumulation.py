@@ -51,7 +51,7 @@ def loss_of(model: Any, batch: Batch) -> Tensor:
     keep = sft.trained_positions(batch)
     with attention.flat_attention(model):
         logits = attention.forward(model, batch, keep)
-    return sft.loss(logits, batch.targets.flatten()[keep])
+    return sft.losses(logits, batch.targets.flatten()[keep]).sum()
 
 
 def gradient(model: Any, batches: list[Batch], counts: list[int]) -> Tensor:

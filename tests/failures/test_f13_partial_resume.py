@@ -52,7 +52,7 @@ def sitting(run: MemoryRun, observe: Callable[[Event], None], *, resume: bool = 
     def loss(batch: Batch, epoch: int | None) -> tuple[Tensor, int]:
         keep = sft.trained_positions(batch)
         logits = attention.forward(model, batch, keep)
-        return sft.loss(logits, batch.targets.flatten()[keep]), batch.trained
+        return sft.losses(logits, batch.targets.flatten()[keep]).sum(), batch.trained
 
     batches = Batches(samples=samples(), batch_size=3, micro_batch_tokens=40, layout="padded")
     settings = {"max_steps": STEPS, "save_every": STOP, "eval_every": 100, "lr": 0.02}

@@ -21,6 +21,7 @@ from decal.model.inject import attach
 from decal.objectives import sft
 from decal.train import loop
 from decal.train.checkpoint import Progress
+from decal.train.passes import alone
 from decal.verbs.load import load_base
 from tests import zoo
 from tests.failures.memory import peak, stored
@@ -75,7 +76,7 @@ def loss_of(model: Any, batch: Batch) -> Tensor:
     keep = sft.trained_positions(batch)
     with attention.flat_attention(model):
         logits = attention.forward(model, batch, keep)
-    return sft.loss(logits, batch.targets.flatten()[keep])
+    return sft.losses(logits, batch.targets.flatten()[keep]).sum()
 
 
 def upcast(model: Any) -> Any:
@@ -128,7 +129,7 @@ def evaluation(model: Any, rows: int) -> int:
         return loss_of(model, batch), batch.trained
 
     task = job(MemoryRun(), loss=loss, eval_batches=found)
-    return peak(lambda: loop._evaluate(task, Progress(), lambda: None))
+    return peak(lambda: alone(loop._evaluate(task, Progress(), lambda: None)))  # type: ignore[arg-type]
 
 
 def test_memory_does_not_grow_with_the_rows_of_an_evaluation(base: Path) -> None:

@@ -21,7 +21,7 @@ from decal.model.switches import without_dropout
 from decal.objectives import sft
 from decal.quant.base import Recipe
 from decal.quant.linear import QuantLinear
-from decal.verbs.loss import batch_loss, head_of
+from decal.verbs.loss import batch_losses, head_of
 from tests import zoo
 from tests.zoo import CAUSAL, ZOO
 
@@ -67,7 +67,7 @@ def loss_of(model: Any, batch: Batch, head: last_hidden.PlainHead | None) -> Ten
     rows = attention.head_rows(batch, sft.trained_positions(batch))
     key = DropoutKey(3, 0, ids, positions, rows)
     with routed(Routing((("default", 1.0),), key)):
-        return batch_loss(model, batch, sft, head)
+        return batch_losses(model, batch, sft, head).sum()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -208,8 +208,8 @@ def test_a_packed_head() -> None:
     model.lm_head = QuantLinear.from_linear(model.lm_head, Recipe(format="nf4"))
     head = last_hidden.plain_head(model)
     batch = padded_batch(samples())
-    whole = batch_loss(model, batch, sft, None)
-    torch.testing.assert_close(batch_loss(model, batch, sft, head), whole, rtol=1e-9, atol=0)
+    whole = batch_losses(model, batch, sft, None)
+    torch.testing.assert_close(batch_losses(model, batch, sft, head), whole, rtol=1e-9, atol=0)
 
 
 def test_the_trial_leaves_no_traces() -> None:

@@ -13,9 +13,9 @@ def test_the_loss_is_a_sum_over_samples() -> None:
     """Fails when the mean is taken, or 16-bit logits are summed in 16 bits."""
     logits = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 4, 2, 2, 1, 3, 0])
-    total = classify.loss(logits, labels)
+    total = classify.losses(logits, labels).sum()
     assert total.item() == pytest.approx(7 * cross_entropy(logits, labels).item(), rel=1e-12)
-    low = classify.loss(logits.detach().bfloat16(), labels)
+    low = classify.losses(logits.detach().bfloat16(), labels).sum()
     assert low.dtype == torch.float32
     assert low.item() == pytest.approx(total.item(), rel=7 * 2**-8)
 
@@ -36,5 +36,5 @@ def test_scores_are_those_of_scikit_learn() -> None:
 def test_registry() -> None:
     """Fails when an objective lacks a name of the protocol."""
     assert set(OBJECTIVES) == {"sft", "classify"}
-    names = ("POOLS", "trained_positions", "targets", "loss", "projected_loss")
+    names = ("POOLS", "trained_positions", "targets", "losses", "projected_losses")
     assert all(hasattr(o, name) for o in OBJECTIVES.values() for name in names)

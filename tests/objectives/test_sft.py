@@ -48,7 +48,7 @@ def test_equals_cross_entropy_in_float64() -> None:
     factor; skip the last chunk; do not subtract one at the target; average instead of sum."""
     hidden, head, targets = operands(torch.float64)
     expected, gradient = reference(hidden, head, targets, 0.3)
-    total = sft.loss(hidden @ head, targets)
+    total = sft.losses(hidden @ head, targets).sum()
     (total * 0.3).backward()
     torch.testing.assert_close(total.detach(), expected, rtol=1e-9, atol=0)
     torch.testing.assert_close(hidden.grad, gradient, rtol=1e-9, atol=1e-12)
@@ -60,7 +60,7 @@ def test_ignored_targets_count_nothing() -> None:
     hidden, head, targets = operands(torch.float64)
     targets[2] = targets[6] = IGNORE
     expected, gradient = reference(hidden, head, targets, 1.0)
-    total = sft.loss(hidden @ head, targets)
+    total = sft.losses(hidden @ head, targets).sum()
     total.backward()
     torch.testing.assert_close(total.detach(), expected, rtol=1e-9, atol=0)
     torch.testing.assert_close(hidden.grad, gradient, rtol=1e-9, atol=1e-12)
@@ -81,7 +81,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
     exact = logits.detach().double().requires_grad_()
     expected = cross_entropy(exact, targets, reduction="sum")
     (expected * 0.3).backward()
-    total = sft.loss(logits, targets)
+    total = sft.losses(logits, targets).sum()
     (total * 0.3).backward()
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -98,7 +98,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
 def test_large_logits_keep_small_losses() -> None:
     """Mutations: exponentiate before subtracting the maximum; keep only the log-sum-exp."""
     logits = torch.tensor([[3e4, -3e4, 0.0], [0.0, 3e4, 3e4]]).requires_grad_()
-    total = sft.loss(logits, torch.tensor([0, 2]))
+    total = sft.losses(logits, torch.tensor([0, 2])).sum()
     total.backward()
     assert total.item() == pytest.approx(np.log(2.0), rel=1e-5)
     assert logits.grad is not None
@@ -110,7 +110,7 @@ def test_leaf_logits_are_left_alone() -> None:
     """Mutation: overwrite always."""
     logits = torch.randn(N, V, requires_grad=True)
     before = logits.detach().clone()
-    sft.loss(logits, torch.zeros(N, dtype=torch.int64)).backward()
+    sft.losses(logits, torch.zeros(N, dtype=torch.int64)).sum().backward()
     assert torch.equal(logits.detach(), before)
 
 
@@ -120,7 +120,7 @@ def test_gradient_is_written_over_the_logits() -> None:
     logits = hidden @ head
     seen: list[int] = []
     logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
-    sft.loss(logits, targets).backward()
+    sft.losses(logits, targets).sum().backward()
     assert seen == [logits.data_ptr()]
 
 
@@ -128,7 +128,7 @@ def test_another_user_of_the_logits_gets_an_error_not_a_wrong_gradient() -> None
     """`tanh` keeps its output for its backward. Mutation: write through `.data`."""
     hidden, head, targets = operands(torch.float32)
     with pytest.raises(RuntimeError, match="inplace operation"):
-        sft.loss(torch.tanh(hidden @ head), targets).backward()
+        sft.losses(torch.tanh(hidden @ head), targets).sum().backward()
 
 
 def stored(head: Tensor) -> Stored:
@@ -155,7 +155,7 @@ def test_projected_is_cross_entropy_in_float64(
     expected = cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORE)
     (expected * 0.3).backward()
 
-    total = sft.projected_loss(hidden, stored(head), bias, targets)
+    total = sft.projected_losses(hidden, stored(head), bias, targets).sum()
     (total * 0.3).backward()
     torch.testing.assert_close(total.detach(), expected.detach(), rtol=1e-9, atol=0)
     torch.testing.assert_close(hidden.grad, exact.grad, rtol=1e-9, atol=1e-12)
@@ -166,7 +166,7 @@ def test_gradients_of_projected_losses_add_up() -> None:
     place, so that the second backward is scaled twice."""
     hidden, head, targets = operands(torch.float64)
     _, gradient = reference(hidden, head, targets, 1.0)
-    total = sft.projected_loss(hidden, stored(head), None, targets)
+    total = sft.projected_losses(hidden, stored(head), None, targets).sum()
     (0.5 * total).backward(retain_graph=True)
     (2.0 * total).backward()
     torch.testing.assert_close(hidden.grad, 2.5 * gradient, rtol=1e-9, atol=1e-12)
@@ -182,7 +182,7 @@ def test_projected_low_precision(dtype: torch.dtype) -> None:
     expected = cross_entropy(logits, targets, reduction="sum")
     exact = torch.softmax(logits, 1) - torch.nn.functional.one_hot(targets, V)
     gradient = 0.3 * exact @ head.double().t()
-    total = sft.projected_loss(hidden, stored(head), None, targets)
+    total = sft.projected_losses(hidden, stored(head), None, targets).sum()
     (total * 0.3).backward()
     assert total.dtype == torch.float32
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -218,8 +218,8 @@ def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
     expected, _ = reference(hidden, head, targets, 1.0)
     watched = Watched(monkeypatch)
     with torch.no_grad():
-        first = sft.projected_loss(hidden, stored(head), None, targets)
-    second = sft.projected_loss(hidden.detach(), stored(head), None, targets)
+        first = sft.projected_losses(hidden, stored(head), None, targets).sum()
+    second = sft.projected_losses(hidden.detach(), stored(head), None, targets).sum()
     assert not first.requires_grad
     assert not second.requires_grad
     assert watched.rows == {"project": [N, N], "project_back": []}
@@ -233,7 +233,7 @@ def test_logits_exist_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sft, "CHUNK_TOKENS", 1)
     hidden, head, targets = operands(torch.bfloat16)
     watched = Watched(monkeypatch)
-    sft.projected_loss(hidden, stored(head), None, targets).backward()
+    sft.projected_losses(hidden, stored(head), None, targets).sum().backward()
     assert watched.rows == {"project": [3, 3, 1], "project_back": [3, 3, 1]}
 
 
@@ -254,7 +254,7 @@ def test_no_copy_of_all_logits_lives_in_fp32(monkeypatch: pytest.MonkeyPatch) ->
     hidden = torch.randn(rows, 1, dtype=torch.bfloat16, requires_grad=True)
     logits = hidden * torch.randn(words, dtype=torch.bfloat16)
     with Watch():
-        sft.loss(logits, torch.arange(rows)).backward()
+        sft.losses(logits, torch.arange(rows)).sum().backward()
     assert sizes
     assert max(sizes) <= sft.CHUNK_ELEMENTS["cpu"] < rows * words
 
@@ -289,7 +289,7 @@ def test_nothing_trained_is_an_error() -> None:
     with pytest.raises(DataError, match="no token is trained in a batch of rows 3"):
         sft.trained_positions(flat_batch([row]))
     with pytest.raises(DataError, match="no token is trained"):
-        sft.loss(torch.empty(0, V), torch.empty(0, dtype=torch.int64))
+        sft.losses(torch.empty(0, V), torch.empty(0, dtype=torch.int64)).sum()
     head, nothing = stored(torch.empty(H, V)), torch.empty(0, dtype=torch.int64)
     with pytest.raises(DataError, match="no token is trained"):
-        sft.projected_loss(torch.empty(0, H), head, None, nothing)
+        sft.projected_losses(torch.empty(0, H), head, None, nothing).sum()

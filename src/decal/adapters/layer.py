@@ -170,7 +170,10 @@ def _by_segment(
     start = 0
     for i, (name, count) in enumerate(routing.row_counts(like, rows)):
         if count:
-            own = [[(o.adapters[name], 1.0)] if name in o.adapters else [] for o in layers]
+            own: Acting = [
+                [(o.adapters[name], 1.0)] if name is not None and name in o.adapters else []
+                for o in layers
+            ]
             yield Piece(start, count, rows, i), own
         start += count
 

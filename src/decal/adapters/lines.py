@@ -55,14 +55,14 @@ class Segment(NamedTuple):
     """Consecutive rows of the input, and their adapters."""
 
     start: int
-    count: int
+    size: int
     factors: tuple[Factors | None, ...]
     """One for every line of the group."""
 
     @property
     def rows(self) -> slice:
         """Which they are."""
-        return slice(self.start, self.start + self.count)
+        return slice(self.start, self.start + self.size)
 
     @property
     def placed(self) -> list[tuple[Factors, slice] | None]:
@@ -231,7 +231,7 @@ class Backward:
 
 
 def _kept(group: Group, segment: Segment) -> Keep | None:
-    return group.keep and group.keep.rows(segment.start, segment.start + segment.count)
+    return group.keep and group.keep.rows(segment.start, segment.start + segment.size)
 
 
 def _cast(segment: Segment, dtype: torch.dtype) -> Cast:

@@ -1,9 +1,9 @@
 """What reaches the head of a causal language model, for losses that need no logits as a whole.
 
 With a vocabulary of 152,000 words the logits of 1,000 tokens are 310 MB, and their gradient as
-much. A loss that knows the head (`Objective.projected_loss`) makes them a chunk at a time. For this
-the head must be a plain frozen projection, and its output the logits: nothing scaled, capped or
-masked after it.
+much. A loss that knows the head (`Objective.projected_losses`) makes them a chunk at a time. For
+this the head must be a plain frozen projection, and its output the logits: nothing scaled, capped
+or masked after it.
 
 The hidden states come from the model's own forward pass, in which the head answers with its input.
 So whatever the architecture does before the head (a last norm, a projection, a scale) is done, and

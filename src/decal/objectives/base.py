@@ -1,7 +1,7 @@
-"""The objective protocol: from logits, or what a head projects to them, to a loss sum. No models.
+"""The objective protocol: from logits, or what a head projects to them, to losses. No models.
 
-An objective is a module with these names; `OBJECTIVES` lists it. Losses are summed over what
-counts (tokens or rows), and divided by the caller.
+An objective is a module with these names; `OBJECTIVES` lists it. Every token or row that counts has
+a loss; callers add up those of a micro-batch, or of each adapter's part of it, and divide.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from decal.data.batch import Batch
 from decal.kernels.stored import Stored
 
 
-class ProjectedLoss(Protocol):
-    """`Objective.loss` of the logits hidden W^T + bias, without making them as a whole."""
+class ProjectedLosses(Protocol):
+    """`Objective.losses` of the logits hidden W^T + bias, without making them as a whole."""
 
     def __call__(
         self, hidden: Tensor, head: Stored, bias: Tensor | None, targets: Tensor
     ) -> Tensor:
-        """Hidden [N, H], frozen W [V, H] and bias [V] -> as `Objective.loss`."""
+        """Hidden [N, H], frozen W [V, H] and bias [V] -> as `Objective.losses`."""
 
 
 class Objective(Protocol):
@@ -40,10 +40,10 @@ class Objective(Protocol):
     def targets(self, batch: Batch) -> Tensor:
         """int64 [N]: what the logits at `trained_positions` must say."""
 
-    def loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Differentiable sum over the N positions, fp32 scalar, of logits [N, V]."""
+    def losses(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Differentiable fp32 [N] of logits [N, V]: the loss of every position."""
 
     @property
-    def projected_loss(self) -> ProjectedLoss | None:
+    def projected_losses(self) -> ProjectedLosses | None:
         """The same from hidden states; None where logits are few and need no such care."""
         ...

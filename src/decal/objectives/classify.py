@@ -19,7 +19,7 @@ from decal.data.batch import Batch
 from decal.errors import DataError
 
 POOLS = True
-projected_loss = None
+projected_losses = None
 """Logits are few: one row per sample, one number per class."""
 
 
@@ -38,15 +38,15 @@ def targets(batch: Batch) -> Tensor:
     return batch.labels
 
 
-def loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy summed over samples, in fp32 (fp64 for fp64 logits).
+def losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of every sample, [n] in fp32 (fp64 for fp64 logits).
 
     Args:
         logits: [n, classes], any floating dtype.
         targets: int64 [n].
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return torch.nn.functional.cross_entropy(logits.to(wide), targets, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits.to(wide), targets, reduction="none")
 
 
 def scores(predicted: Sequence[int], labels: Sequence[int]) -> dict[str, float]:

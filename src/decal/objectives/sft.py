@@ -4,8 +4,8 @@ For a trained token with logits z and target y the loss is
 
     l(z, y) = log sum_v exp(z_v) - z_y          dl/dz_v = softmax(z)_v - [v = y]
 
-Losses are summed, never averaged: the caller divides by the trained tokens of the whole optimizer
-step, so that micro-batches weigh as much as they hold.
+Losses are never averaged here: the caller adds them up and divides by the trained tokens of the
+whole optimizer step, so that micro-batches weigh as much as they hold.
 
 Memory decides how this is written. With 4,096 trained tokens and 152,000 words, logits are 1.2 GB
 in bf16; a plain `cross_entropy` on fp32 copies makes three more tensors of twice that size. Here
@@ -18,7 +18,7 @@ The price: logits are consumed by backward. Whoever else needs them for its own 
 autograd's in-place error, not a wrong gradient. Leaf tensors are left alone, and get a copy.
 
 Where the head is a plain frozen projection z = h W^T + b, logits need not exist as a whole
-(`projected_loss`). The gradient of a hidden state h, up to the factor that backward brings, is
+(`projected_losses`). The gradient of a hidden state h, up to the factor that backward brings, is
 
     dl/dh = (softmax(z) - onehot(y)) W
 
@@ -58,7 +58,7 @@ def trained_positions(batch: Batch) -> Tensor:
 
     They index the flattened batch: in a flat one the positions of the one row, for transformers'
     `logits_to_keep`; in a padded one `sample * S + position`. So `batch.targets.flatten()` at these
-    indices are the targets that `loss` wants.
+    indices are the targets that `losses` wants.
 
     Raises:
         DataError: no token of the batch is trained.
@@ -73,27 +73,27 @@ def targets(batch: Batch) -> Tensor:
     return batch.targets.flatten()[trained_positions(batch)]
 
 
-def loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross entropy summed over tokens, computed and summed in fp32 (fp64 for fp64 logits).
+def losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross entropy of every token, computed in fp32 (fp64 for fp64 logits).
 
     Args:
         logits: [N, V], any floating dtype. Backward overwrites them unless they are a leaf.
         targets: int64 [N]; IGNORE counts nothing.
 
     Returns:
-        A scalar. Its gradient reaches `logits` in their own dtype, rounded once.
+        [N]. Their gradient reaches `logits` in their own dtype, rounded once.
 
     Raises:
         DataError: there are no tokens.
     """
     if logits.shape[0] == 0:
         raise DataError("no token is trained in a batch")
-    total: Tensor = _SummedCrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
-    return total
+    found: Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return found
 
 
-def projected_loss(hidden: Tensor, head: Stored, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """As `loss` of the logits hidden W^T + bias, a chunk of which exists at a time.
+def projected_losses(hidden: Tensor, head: Stored, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """As `losses` of the logits hidden W^T + bias, a chunk of which exists at a time.
 
     Args:
         hidden: [N, H], any floating dtype; left as they are.
@@ -102,8 +102,8 @@ def projected_loss(hidden: Tensor, head: Stored, bias: Tensor | None, targets: T
         targets: int64 [N]; IGNORE counts nothing.
 
     Returns:
-        A scalar. Its gradient reaches `hidden` in their dtype; between the two products it is
-        rounded to it once per logit.
+        [N]. Their gradient reaches `hidden` in their dtype; between the two products it is rounded
+        to it once per logit.
 
     Raises:
         DataError: there are no tokens.
@@ -111,10 +111,10 @@ def projected_loss(hidden: Tensor, head: Stored, bias: Tensor | None, targets: T
     if hidden.shape[0] == 0:
         raise DataError("no token is trained in a batch")
     wanted = hidden.requires_grad and torch.is_grad_enabled()
-    total: Tensor = _ProjectedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+    found: Tensor = _ProjectedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, head, bias, targets, wanted
     )
-    return total
+    return found
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
@@ -137,21 +137,22 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
             del logits  # so that the next chunk's lie in the same memory
         if wanted:
             ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(losses).sum()
+        return torch.cat(losses)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream, None, None, None, None
+        scaled = torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient))
+        return scaled, None, None, None, None
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(logits, targets)
         ctx.may_overwrite = not logits.is_leaf
-        return _token_losses(logits, targets).sum()
+        return _token_losses(logits, targets)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

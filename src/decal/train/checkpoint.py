@@ -69,6 +69,8 @@ class Progress:
     """Most tokens in a forward pass since memory ran out; None if it never did."""
     seconds: float = 0.0
     """Wall time of the sittings before this one."""
+    halted: str | None = None
+    """Why whoever compares trainings ended this one; not part of a checkpoint."""
     curve: list[tuple[int, float]] = field(default_factory=list)
     eval_curve: list[tuple[int, float]] = field(default_factory=list)
 

@@ -3,8 +3,9 @@
 A training is a job (events.py): a callable that turns a micro-batch into a loss, the parameters it
 depends on, the data as optimizer steps, and a run folder. The loop does not know what the model
 is, whether its base is quantized, what an adapter is, how text became tokens, or what a file looks
-like. `train` is one screen: for every step, learn from it, write it down, evaluate and save when
-due.
+like. `training` is one screen: for every step, learn from it, write it down, evaluate and save when
+due. It is a generator: the passes through the model, forward and backward, are asked for, so that
+several trainings can make theirs together (passes.py).
 
 The loss of a step. With micro-batches m of the step, tokens t that are trained, and N the number
 of trained tokens of the whole step,
@@ -40,16 +41,16 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from decal.config import TrainConfig
-from decal.data.batch import Batch
 from decal.errors import TrainingError
 from decal.train import checkpoint
 from decal.train.checkpoint import Progress
@@ -58,7 +59,7 @@ from decal.train.exact import deterministic
 from decal.train.heard import LATE
 from decal.train.memory import PeakMemory
 from decal.train.optim import Optimizer, lr_at
-from decal.train.room import fitted
+from decal.train.passes import Answer, Judged, Pass, Request, Training, alone
 from decal.train.stop import StopSignal
 from decal.train.trouble import (
     broken_gradients,
@@ -101,15 +102,25 @@ def train(job: Job) -> Result:
         Interrupted: Ctrl-C or SIGTERM; a checkpoint of the last whole step was written.
     """
     refuse_untrainable(job)
-    plan = _plan(job)
-    total = plan.total
-    optimizer = Optimizer(job.parameters, job.settings, rates=job.rates, scale_loss=job.scale_loss)
+    device = next(iter(job.parameters.values())).device
     with (
-        closing(optimizer),
-        PeakMemory(optimizer.device) as memory,
+        PeakMemory(device) as memory,
         deterministic(job.observe),
         StopSignal(job.observe) as stop,
     ):
+        return alone(training(job, stop, memory))
+
+
+def training(job: Job, stop: StopSignal, memory: PeakMemory) -> Training:
+    """`train` as a generator that leaves the passes through the model to others (passes.py).
+
+    `stop` and `memory` are watched by whoever runs it.
+    """
+    refuse_untrainable(job)
+    plan = _plan(job)
+    total = plan.total
+    optimizer = Optimizer(job.parameters, job.settings, rates=job.rates, scale_loss=job.scale_loss)
+    with closing(optimizer):
         checkpoint.require_space(job, optimizer, plan.saves)
         progress = checkpoint.start(job, optimizer)
         clock = _Clock(progress, total)
@@ -117,16 +128,19 @@ def train(job: Job) -> Result:
         if over:
             text = f"the run is finished after {progress.step} of {total} steps: nothing is trained"
             job.observe(Note(text=text, warning=False))
+        elif progress.eval_curve:
+            progress.halted = yield from _judged(job, progress)
+            over = progress.halted is not None
 
         for step in islice(job.steps.steps(progress.step), 0 if over else total - progress.step):
             lr = lr_at(step.index, total, job.settings)
-            done = _learn(job, optimizer, progress, step, lr, stop.poll)
+            done = yield from _learn(job, optimizer, progress, step, lr, stop.poll)
             progress.step = step.index + 1
             _record(job, progress, clock, step, lr, done)
 
             best = False
             if progress.step % plan.eval_every == 0 or progress.step == total:
-                best = _evaluate(job, progress, stop.poll)
+                best = yield from _evaluate(job, progress, stop.poll)
             over = _is_over(job, progress, total)
             asked = stop.received  # once: a signal may come between the next lines
             if progress.step % plan.save_every == 0 or best or over or asked:
@@ -140,11 +154,24 @@ def train(job: Job) -> Result:
             raise TrainingError(f"the data ended after step {progress.step} of {total}")
         if optimizer.heard.silent:
             job.observe(still_silent(optimizer.heard, "in the whole run"))
-        stopped = out_of_patience(progress, total) if progress.step < total else None
+        stopped = _why_stopped(progress, total)
         if stopped:
             job.observe(Note(text=stopped, warning=False))
         kept = _keep(job, progress)
         return _result(progress, kept, stopped, clock.seconds(), memory)
+
+
+def _judged(job: Job, progress: Progress) -> Generator[Request, Any, str | None]:
+    """Why whoever compares trainings ends this one, or None."""
+    verdict: str | None = yield Judged(job, progress)
+    return verdict
+
+
+def _why_stopped(progress: Progress, total: int) -> str | None:
+    """Why the run ended before its last step; None if it did not."""
+    if progress.step >= total:
+        return None
+    return progress.halted or out_of_patience(progress, total)
 
 
 @dataclass(frozen=True)
@@ -168,9 +195,11 @@ def _plan(job: Job) -> _Plan:
 
 
 def _is_over(job: Job, progress: Progress, total: int) -> bool:
-    """All steps are done, or the evaluations have stopped improving for too long."""
+    """All steps are done, the evaluations have not improved for too long, or it was ended."""
     patience = job.settings.early_stopping
-    return progress.step >= total or (patience is not None and progress.stale >= patience)
+    if progress.step >= total or progress.halted is not None:
+        return True
+    return patience is not None and progress.stale >= patience
 
 
 class _Clock:
@@ -216,31 +245,27 @@ def _learn(
     step: Step,
     lr: float,
     poll: Callable[[], None],
-) -> _Done:
+) -> Generator[Request, Any, _Done]:
     """One optimizer step; nothing is updated if its losses or gradients are not finite."""
-    started = time.perf_counter()
     trained = sum(batch.trained for batch in step.micro)
     if trained == 0:
         raise TrainingError(f"step {step.index + 1} has no trained token", details=[rows_of(step)])
 
-    def forward_and_backward(batch: Batch) -> Tensor:
-        loss, counted = job.loss(batch, step.epoch)
-        refuse_unusable(step, batch, loss, counted)
-        optimizer.backward(loss / trained)
-        return loss.detach()
-
-    micro, losses = fitted(
-        job,
-        progress,
-        step.micro,
-        forward_and_backward,
+    answer: Answer = yield Pass(
+        job=job,
+        progress=progress,
+        batches=step.micro,
+        epoch=step.epoch,
+        scaled=lambda loss: optimizer.scaled(loss / trained),
+        check=partial(refuse_unusable, step),
         undo=optimizer.forget,
         tell=lambda done, of: poll(),
         where=f"in step {step.index + 1}",
     )
+    started = time.perf_counter()
     norm = optimizer.gradient_norm()
-    *values, size = torch.stack([*losses, norm.to(losses[0])]).tolist()
-    refuse_not_finite(job.settings, step, micro, values)
+    *values, size = torch.stack([*answer.losses, norm.to(answer.losses[0])]).tolist()
+    refuse_not_finite(job.settings, step, answer.micro, values)
     skipped = False
     if math.isfinite(size):
         optimizer.update(lr, norm)
@@ -257,7 +282,7 @@ def _learn(
         norm=None if skipped else size,
         trained=trained,
         tokens=sum(batch.tokens for batch in step.micro),
-        seconds=time.perf_counter() - started,
+        seconds=answer.seconds + time.perf_counter() - started,
     )
 
 
@@ -303,31 +328,27 @@ def _record(
     )
 
 
-def _evaluate(job: Job, progress: Progress, poll: Callable[[], None]) -> bool:
+def _evaluate(
+    job: Job, progress: Progress, poll: Callable[[], None]
+) -> Generator[Request, Any, bool]:
     """Loss per trained token over the evaluation batches; True if it is the lowest so far."""
     if not job.eval_batches:
         return False
-
-    def forward(batch: Batch) -> tuple[Tensor, int]:
-        loss, counted = job.loss(batch, None)
-        return loss.double(), counted
 
     def tell(done: int, of: int) -> None:
         job.observe(Evaluating(step=progress.step, batch=done, batches=of))
         poll()
 
-    with torch.no_grad():
-        _, parts = fitted(
-            job,
-            progress,
-            job.eval_batches,
-            forward,
-            undo=lambda: None,
-            tell=tell,
-            where=f"in the evaluation after step {progress.step}",
-        )
-    count = sum(counted for _, counted in parts)
-    total = torch.stack([loss for loss, _ in parts]).sum()
+    answer: Answer = yield Pass(
+        job=job,
+        progress=progress,
+        batches=job.eval_batches,
+        epoch=None,
+        tell=tell,
+        where=f"in the evaluation after step {progress.step}",
+    )
+    count = sum(answer.counts)
+    total = torch.stack([loss.double() for loss in answer.losses]).sum()
     value = float(total) / count if count else math.nan
     if not math.isfinite(value):
         raise TrainingError(
@@ -343,6 +364,7 @@ def _evaluate(job: Job, progress: Progress, poll: Callable[[], None]) -> bool:
     progress.eval_curve.append((progress.step, value))
     job.run.append_metrics({"step": progress.step, "eval_loss": value})
     job.observe(EvalDone(step=progress.step, eval_loss=value, best=best))
+    progress.halted = yield from _judged(job, progress)
     return best
 
 

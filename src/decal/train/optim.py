@@ -153,9 +153,14 @@ class Optimizer:
             hook.remove()
         self._adamw.zero_grad(set_to_none=True)
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """What backward must begin with for a loss: the loss, or with float16 a multiple of it."""
+        found: Tensor = self._scaler.scale(loss)
+        return found
+
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a scalar."""
-        self._scaler.scale(loss).backward()
+        self.scaled(loss).backward()
 
     def gradient_norm(self) -> Tensor:
         """The 2-norm over all gradients, unscaled, on the device; call once, after backward."""

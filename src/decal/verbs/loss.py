@@ -1,4 +1,4 @@
-"""The loss of a micro-batch: the one place where a model meets an objective.
+"""The losses of a micro-batch: the one place where a model meets an objective.
 
 Training, evaluation and measuring all come through here, so that what is reported is what was
 trained. Knows no runs, no dropout and no switching of adapters: the caller routes.
@@ -16,27 +16,30 @@ from decal.objectives import Objective
 
 
 def head_of(model: Any, objective: Objective) -> last_hidden.PlainHead | None:
-    """What `batch_loss` needs to know of a model, found once; None where it needs logits."""
-    return None if objective.projected_loss is None else last_hidden.plain_head(model)
+    """What `batch_losses` needs to know of a model, found once; None where it needs logits."""
+    return None if objective.projected_losses is None else last_hidden.plain_head(model)
 
 
-def batch_loss(
+def batch_losses(
     model: Any, batch: Batch, objective: Objective, head: last_hidden.PlainHead | None
 ) -> Tensor:
-    """Sum over what the objective counts, a differentiable scalar.
+    """Of everything that the objective counts, differentiable, in the order of the batch.
 
     Args:
         model: for flat batches inside `attention.flat_attention`.
         batch: on the model's device.
-        head: from `head_of` for this model as it stands, or None for a loss of whole logits.
+        head: from `head_of` for this model as it stands, or None for losses of whole logits.
+
+    Returns:
+        float32 [batch.trained]; float64 for a model that computes in it.
 
     Raises:
         DataError: the batch holds nothing to learn.
     """
     keep, targets = objective.trained_positions(batch), objective.targets(batch)
-    if head is not None and objective.projected_loss is not None:
+    if head is not None and objective.projected_losses is not None:
         hidden = last_hidden.forward(model, head, batch, keep)
-        return objective.projected_loss(hidden, head.weight, head.bias, targets)
+        return objective.projected_losses(hidden, head.weight, head.bias, targets)
     if objective.POOLS:
-        return objective.loss(heads.forward(model, batch), targets)
-    return objective.loss(attention.forward(model, batch, keep), targets)
+        return objective.losses(heads.forward(model, batch), targets)
+    return objective.losses(attention.forward(model, batch, keep), targets)

@@ -23,7 +23,7 @@ from decal.data.source import Example, read_rows
 from decal.errors import DataError
 from decal.model import attention, heads
 from decal.objectives import classify, sft
-from decal.verbs.loss import batch_loss, head_of
+from decal.verbs.loss import batch_losses, head_of
 from decal.verbs.text import Chat, Observe, Prompt, complete, context_length, exact_match
 
 _BATCH_TOKENS = 4096
@@ -104,10 +104,10 @@ def measure(
             if asked.classes is not None:
                 logits = heads.forward(model, batch)
                 predicted += logits.argmax(dim=-1).tolist()
-                losses += float(classify.loss(logits, classify.targets(batch)))
+                losses += float(classify.losses(logits, classify.targets(batch)).sum())
             else:
                 with attention.flat_attention(model) if batch.layout == "flat" else nullcontext():
-                    losses += float(batch_loss(model, batch, sft, head))
+                    losses += float(batch_losses(model, batch, sft, head).sum())
             count += batch.trained
             if observe:
                 observe(done, steps)

@@ -39,7 +39,7 @@ from decal.verbs.inputs import (
     refuse_other_vocabulary,
 )
 from decal.verbs.load import load_base
-from decal.verbs.loss import batch_loss, head_of
+from decal.verbs.loss import batch_losses, head_of
 from decal.verbs.same_base import hashing
 
 Say = Callable[[str], None]
@@ -92,7 +92,8 @@ class Session:
         else:
             rows = attention.head_rows(batch, keep)
         with routed(self._routing(batch, epoch, rows)):
-            return batch_loss(self.model, batch, objective, self.head), batch.trained
+            losses = batch_losses(self.model, batch, objective, self.head)
+            return losses.sum(), batch.trained
 
     @torch.no_grad()
     def scores(self) -> dict[str, float]:
