@@ -73,6 +73,7 @@ class Slot:
     group: str
     """Name of the layer's input; layers that share an input share the dropout mask."""
     adapter: str
+    """The name that its dropout masks follow from."""
     shape: tuple[int, int]
     """[out, in] of the base weight."""
     device: torch.device

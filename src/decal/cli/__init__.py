@@ -38,6 +38,7 @@ from decal.cli import (
     push,
     quantize,
     quickstart,
+    sweep,
     train,
     verify,
 )
@@ -81,6 +82,7 @@ for module in (
     init,
     check,
     train,
+    sweep,
     generate,
     compare,
     inspect,

@@ -50,7 +50,7 @@ class TrainingProgress:
     def observe(self, event: Event) -> None:
         """Takes one event of a training."""
         if isinstance(event, StepDone):
-            self._step(event)
+            self.step(event, numbers(event, self._eval_loss))
         elif isinstance(event, Evaluating):
             self._describe(f"evaluating {event.batch}/{event.batches}")
         elif isinstance(event, EvalDone):
@@ -64,18 +64,20 @@ class TrainingProgress:
                 Text("warning: ", style="bold yellow") + event.text if event.warning else event.text
             )
 
-    def _step(self, event: StepDone) -> None:
+    def step(self, event: StepDone, text: str) -> None:
+        """Shows that a step is over, with these numbers."""
         done = event.step >= event.total
+        line = f"step {event.step:,}/{event.total:,}  {text}"
         if self._live:
-            self._describe(numbers(event, self._eval_loss), event)
+            self._describe(text, event)
             if done:
                 self._stop()
-                self._console.print(_line(event, self._eval_loss), markup=False)
+                self._console.print(line, markup=False)
             return
         now = self._clock()
         if done or event.step == 1 or now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now
-            self._console.print(_line(event, self._eval_loss), markup=False)
+            self._console.print(line, markup=False)
 
     def _describe(self, text: str, step: StepDone | None = None) -> None:
         """Redraws the bar; a bar begins with the first step."""
@@ -100,8 +102,56 @@ class TrainingProgress:
             self._bar = self._task = None
 
 
-def _line(event: StepDone, eval_loss: float | None) -> str:
-    return f"step {event.step:,}/{event.total:,}  {numbers(event, eval_loss)}"
+class SweepProgress:
+    """As `TrainingProgress` for candidates that train side by side: one bar, each one's loss."""
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
+        self._shown = TrainingProgress(console, clock)
+        self._steps: dict[str, StepDone] = {}
+        self._evaluated: dict[int, dict[str, float]] = {}
+        self._over: set[str] = set()
+
+    def __enter__(self) -> SweepProgress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._shown.__exit__()
+
+    def say(self, what: Any) -> None:
+        """As `TrainingProgress.say`."""
+        self._shown.say(what)
+
+    def observe(self, name: str | None, event: Event) -> None:
+        """Takes an event of one candidate, or with None of all of them."""
+        if isinstance(event, StepDone) and name is not None:
+            self._steps[name] = event
+            if event.step == event.total:
+                self._over.add(name)
+            running = [e for n, e in self._steps.items() if n not in self._over] or [event]
+            if name == next((n for n in reversed(self._steps) if n not in self._over), name):
+                self._shown.step(min(running, key=lambda e: e.step), self._losses())
+        elif isinstance(event, EvalDone) and name is not None:
+            self._evaluated.setdefault(event.step, {})[name] = event.eval_loss
+            found = self._evaluated[event.step]
+            if len(found) == len(self._steps):
+                parts = "  ".join(f"{n} {loss:.4f}" for n, loss in found.items())
+                self.say(f"step {event.step:,}: eval loss  {parts}")
+        elif isinstance(event, Note):
+            if name is not None and not event.warning:
+                self._over.add(name)
+            text = event.text if name is None else f"{name}: {event.text}"
+            self._shown.observe(Note(text=text, warning=event.warning))
+        elif isinstance(event, Evaluating):
+            self._shown.observe(event)
+
+    def _losses(self) -> str:
+        """`r4 1.2345  r8 1.1987  812 tokens/s  2:05 left`"""
+        parts = [f"{name} {event.loss:.4f}" for name, event in self._steps.items()]
+        last = max(self._steps.values(), key=lambda e: e.eta)
+        parts.append(f"{last.tokens_per_second:,.0f} tokens/s")
+        if last.step < last.total:
+            parts.append(f"{duration(last.eta)} left")
+        return "  ".join(parts)
 
 
 def numbers(event: StepDone, eval_loss: float | None) -> str:

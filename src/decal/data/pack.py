@@ -129,6 +129,53 @@ def make_batches(
     ]
 
 
+def join(batches: Sequence[Batch]) -> Batch:
+    """Batches of one layout as one, in their order; padded ones as wide as the widest."""
+    first, *others = batches
+    if not others:
+        return first
+    width = max(batch.input_ids.shape[1] for batch in batches)
+
+    def joined(name: str, fill: int) -> Any:
+        parts = [getattr(batch, name) for batch in batches]
+        if parts[0] is None:
+            return None
+        if first.layout == "flat":
+            return torch.cat(parts, dim=1)
+        room = [width - part.shape[1] for part in parts]
+        pairs = zip(parts, room, strict=True)
+        return torch.cat([torch.nn.functional.pad(p, (0, n), value=fill) for p, n in pairs])
+
+    positions = joined("positions", 0)
+    if first.layout == "padded":
+        positions = torch.arange(width).repeat(positions.shape[0], 1)
+    return Batch(
+        layout=first.layout,
+        input_ids=joined("input_ids", 0),
+        targets=joined("targets", IGNORE),
+        positions=positions,
+        attention=joined("attention", 0),
+        cu_seq_lens=_bounds(batches) if first.cu_seq_lens is not None else None,
+        max_length=max(batch.max_length for batch in batches),
+        sample_ids=joined("sample_ids", 0) if first.layout == "flat" else _widened(batches, width),
+        rows=tuple(row for batch in batches for row in batch.rows),
+        trained=sum(batch.trained for batch in batches),
+        tokens=sum(batch.tokens for batch in batches),
+        labels=None if first.labels is None else torch.cat([b.labels for b in batches]),  # type: ignore[misc]
+    )
+
+
+def _bounds(batches: Sequence[Batch]) -> Tensor:
+    """int32: where each sample of flat batches begins when they lie one after the other."""
+    lengths = [batch.cu_seq_lens.diff() for batch in batches]  # type: ignore[union-attr]
+    return torch.nn.functional.pad(torch.cat(lengths).cumsum(0), (1, 0)).to(torch.int32)
+
+
+def _widened(batches: Sequence[Batch], width: int) -> Tensor:
+    """int64 [n, width]: the id of every row's sample."""
+    return torch.cat([batch.sample_ids[:, :1] for batch in batches]).repeat(1, width)
+
+
 def split(batch: Batch, micro_batch_tokens: int) -> list[Batch]:
     """The samples of a batch in batches of at most so many tokens; the batch itself if it fits.
 

@@ -88,6 +88,7 @@ def attach(
     *,
     seed: int = 0,
     allow_other_base: bool = False,
+    drops_as: str | None = None,
 ) -> TargetTable:
     """Puts a new or a trained adapter on `model` and takes it into use.
 
@@ -100,6 +101,8 @@ def attach(
         seed: starting values of a new adapter.
         allow_other_base: warn where the model is not the base that the adapter was trained on,
             instead of refusing it; its tensors must fit all the same.
+        drops_as: the name that its dropout masks follow from, if not its own: adapters that train
+            side by side then drop what each would drop alone under that name.
 
     Returns:
         What `target_modules` and the other settings came to.
@@ -124,7 +127,7 @@ def attach(
     before = attached.state.routing
     attached.configs[name] = settings
     try:
-        _put_on(model, slots, name, settings, seed)
+        _put_on(model, slots, name, settings, (seed, drops_as or name))
         if trained is not None:
             tensors = {m: (p.A, p.B, p.bias) for m, p in trained.tensors.items()}
             load_state(model, name, tensors, trained.full)
@@ -213,7 +216,10 @@ def _freeze(model: nn.Module) -> Attached:
     return attached
 
 
-def _put_on(model: nn.Module, slots: Slots, name: str, settings: LoraConfig, seed: int) -> None:
+def _put_on(
+    model: nn.Module, slots: Slots, name: str, settings: LoraConfig, drawn: tuple[int, str]
+) -> None:
+    """`drawn`: the seed of the starting values, and the name of the dropout masks."""
     state = require(model).state
     masters: dict[int, nn.Parameter] = {}
     for module, layer in _wrap_layers(model, slots.names, state).items():
@@ -221,13 +227,13 @@ def _put_on(model: nn.Module, slots: Slots, name: str, settings: LoraConfig, see
         slot = Slot(
             module=module,
             group=input_group(module),
-            adapter=name,
+            adapter=drawn[1],
             shape=layer.base.shape,
             device=next(layer.base_layer.parameters()).device,
             kind=layer.base.kind,
             bias=bias,
         )
-        layer.adapters[name] = METHODS[settings.method].create(settings, slot, seed)
+        layer.adapters[name] = METHODS[settings.method].create(settings, slot, drawn[0])
         layer.adapters[name].train(layer.training)
         if bias is not None:
             masters[id(bias)] = cast(nn.Parameter, layer.adapters[name].bias)

@@ -117,11 +117,11 @@ class RunFolder:
         cls.check_new(out, force=force)
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
-        run = cls(out, _hold(out))
+        run = cls(out, hold(out))
         try:
             with writing(out):
                 for name in _OWN:
-                    _remove(out / name)
+                    remove(out / name)
             write_text(out / "run.yaml", settings)
         except BaseException:
             run.close()
@@ -146,7 +146,7 @@ class RunFolder:
         out = Path(path)
         if not (out / "run.yaml").is_file():
             raise OutputError(f"`{out}` holds no run", hint="start one without --resume")
-        return cls(out, _hold(out))
+        return cls(out, hold(out))
 
     @classmethod
     def look(cls, path: str | os.PathLike[str]) -> RunFolder:
@@ -332,7 +332,7 @@ class RunFolder:
             kept = {*last, *(self._best_at(step) for step in last)}
             for step in steps:
                 if step not in kept:
-                    _remove(self._checkpoints / f"step-{step:08d}")
+                    remove(self._checkpoints / f"step-{step:08d}")
 
     def _best_at(self, step: int) -> int | None:
         """The step whose weights were the best when the checkpoint of `step` was written."""
@@ -352,7 +352,7 @@ def _never_began(out: Path) -> bool:
         return all(f.name == ".lock" or is_leftover(f.name) for f in out.iterdir())
 
 
-def _hold(out: Path) -> int:
+def hold(out: Path) -> int:
     """Takes the folder's lock, and clears what a killed process left half written."""
     with writing(out):
         handle = os.open(out / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -371,7 +371,7 @@ def _hold(out: Path) -> int:
     )
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

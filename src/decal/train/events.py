@@ -220,6 +220,8 @@ class Result:
     """Optimizer steps that were done."""
     stopped: str | None
     """Why it ended before its last step (early stopping), in a sentence; None if it did not."""
+    halted: bool = False
+    """Whether it was ended in favour of others."""
     micro_batch_tokens: int | None
     """Most tokens in a forward pass since memory ran out (room.py); None if it never did."""
     skipped: int

@@ -383,6 +383,7 @@ def _result(
     return Result(
         steps=progress.step,
         stopped=stopped,
+        halted=progress.halted is not None,
         micro_batch_tokens=progress.micro_batch_tokens,
         skipped=progress.skipped,
         loss=progress.loss,

@@ -81,7 +81,7 @@ def fitted(
                 raise
             failed = cut[len(results)]
             if len(failed.rows) == 1:
-                raise _hopeless(job, failed, where, error) from error
+                raise hopeless(job, failed, where, error) from error
         # The error is gone here, and with it the frames that held activations.
         del results
         undo()
@@ -116,7 +116,7 @@ def _set_generators(device: torch.device, states: Sequence[torch.Tensor]) -> Non
         torch.cuda.set_rng_state(states[1], device)
 
 
-def _hopeless(job: Job, batch: Batch, where: str, error: BaseException) -> TrainingError:
+def hopeless(job: Job, batch: Batch, where: str, error: BaseException) -> TrainingError:
     ways = ["data.max_length"]
     if not job.settings.gradient_checkpointing:
         ways.insert(0, "train.gradient_checkpointing: true")

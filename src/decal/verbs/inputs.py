@@ -10,11 +10,13 @@ Knows nothing of training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from os.path import expanduser
 from pathlib import Path
 from typing import Any, TypeVar
+
+from torch import nn
 
 from decal.config import ContinueConfig, FullConfig, LoraConfig, QuantConfig, RunConfig
 from decal.data.sample import Sample
@@ -134,12 +136,26 @@ def look(config: RunConfig) -> Inputs:
         found.attempt("model", lambda: _quantize(found.skeleton, config))
         found.table = found.attempt("targets", lambda: _attached(found))
         if found.table is not None or isinstance(asked, FullConfig):
-            found.attempt("settings", lambda: rates(found.skeleton, config))
+            found.attempt("settings", lambda: rates(trained(found.skeleton), config))
         if (encoded := found.encoded) is not None:
             samples = [*encoded.train, *encoded.eval]
             found.attempt("model", lambda: refuse_other_vocabulary(found.skeleton, samples))
             found.attempt("data", lambda: refuse_beyond_context(found.skeleton, samples))
     return found
+
+
+def look_again(found: Inputs, config: RunConfig) -> Inputs:
+    """As `look`, for settings with the same base and rows: what was read for `found` is taken."""
+    again = replace(found, config=config, problems=[], skeleton=None, table=None)
+    if found.skeleton is None:
+        return again
+    again.skeleton = again.attempt("model", lambda: _skeleton(again, None))
+    if again.skeleton is not None:
+        again.attempt("model", lambda: _quantize(again.skeleton, config))
+        again.table = again.attempt("targets", lambda: _attached(again))
+        if again.table is not None:
+            again.attempt("settings", lambda: rates(trained(again.skeleton), config))
+    return again
 
 
 def make_trainable(
@@ -148,12 +164,14 @@ def make_trainable(
     going_on: Adapter | None,
     new: tuple[str, ...],
     *,
+    name: str = ADAPTER,
     allow_other_base: bool = False,
 ) -> TargetTable | None:
     """Attaches the adapter that the settings ask for, or frees every weight and returns None.
 
     Args:
         new: parameters of a classification head that the base's files lack; they are trained.
+        name: what to call the adapter; dropout is that of `ADAPTER`, whatever it is called.
 
     Raises:
         AdapterError, TargetError: see `attach`.
@@ -163,18 +181,30 @@ def make_trainable(
         model.requires_grad_(True)
         return None
     if going_on is not None:
-        return attach(model, going_on, ADAPTER, allow_other_base=allow_other_base)
+        return attach(model, going_on, name, allow_other_base=allow_other_base, drops_as=ADAPTER)
     assert isinstance(asked, LoraConfig)
     head = heads.new_modules(new, model.base_model_prefix)
     whole = tuple(dict.fromkeys((*asked.modules_to_save, *head)))
     lora = asked.model_copy(update={"modules_to_save": whole})
-    return attach(model, lora, ADAPTER, seed=config.train.seed)
+    return attach(model, lora, name, seed=config.train.seed, drops_as=ADAPTER)
 
 
-def rates(model: Any, config: RunConfig) -> dict[str, float]:
+def trained(model: Any, name: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """What is trained of one adapter, or of a whole model, by name.
+
+    The names are those that the adapter's parameters have in a run of its own, under `ADAPTER`.
+    """
+    found = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if name == ADAPTER:
+        return found
+    own, usual = f".adapters.{name}.", f".adapters.{ADAPTER}."
+    return {n.replace(own, usual): p for n, p in found.items() if own in n}
+
+
+def rates(names: Iterable[str], config: RunConfig) -> dict[str, float]:
     """Factors on the learning rate by parameter name; raises ConfigError (`model/rates.py`)."""
     return learning_rates(
-        [name for name, p in model.named_parameters() if p.requires_grad],
+        list(names),
         ratio=config.train.loraplus_lr_ratio,
         patterns=config.train.lr_pattern,
     )

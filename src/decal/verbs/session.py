@@ -37,6 +37,7 @@ from decal.verbs.inputs import (
     rates,
     refuse_beyond_context,
     refuse_other_vocabulary,
+    trained,
 )
 from decal.verbs.load import load_base
 from decal.verbs.loss import batch_losses, head_of
@@ -65,6 +66,8 @@ class Session:
     """What the adapter came to; None where every weight is trained."""
     bits_per_weight: float
     """Of the base alone, as stored."""
+    adapter: str = ADAPTER
+    """The adapter's name on the model, which others may be attached to as well."""
 
     @property
     def flat(self) -> bool:
@@ -73,8 +76,8 @@ class Session:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is trained, by name."""
-        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        """What is trained, by name; see `inputs.trained`."""
+        return trained(self.model, self.adapter)
 
     def loss(self, batch: Batch, epoch: int | None) -> tuple[Tensor, int]:
         """Sum of the token losses of a micro-batch, and its trained tokens.
@@ -103,7 +106,8 @@ class Session:
         predicted: list[int] = []
         labels: list[int] = []
         for batch in self.eval_batches:
-            logits = heads.forward(self.model, batch.to(self.model.device))
+            with routed(self._routing(batch, None, batch.targets)):
+                logits = heads.forward(self.model, batch.to(self.model.device))
             predicted += logits.argmax(dim=-1).tolist()
             labels += classify.targets(batch).tolist()
         found = classify.scores(predicted, labels)
@@ -111,14 +115,14 @@ class Session:
 
     def _routing(self, batch: Batch, epoch: int | None, head: Tensor) -> Routing | None:
         """Adapter and dropout of one pass; `head` are the rows of the batch that reach the head."""
-        settings = adapters_of(self.model).get(ADAPTER)
+        settings = adapters_of(self.model).get(self.adapter)
         if settings is None:
             return None
         key = None
         if epoch is not None and settings.lora_dropout > 0:
             ids, positions = batch.sample_ids.flatten(), batch.positions.flatten()
             key = DropoutKey(self.config.train.seed, epoch, ids, positions, head)
-        return Routing(((ADAPTER, 1.0),), key)
+        return Routing(((self.adapter, 1.0),), key)
 
     @property
     def total_steps(self) -> int:
@@ -157,8 +161,11 @@ def prepare(config: RunConfig, say: Say) -> Session:
     return begin(look(config), say)
 
 
-def begin(found: Inputs, say: Say) -> Session:
-    """Loads the weights for what was found, and attaches the adapter; raises as `prepare`."""
+def begin(found: Inputs, say: Say, adapter: str = ADAPTER) -> Session:
+    """Loads the weights for what was found, and attaches the adapter; raises as `prepare`.
+
+    `adapter` is what it is called on the model.
+    """
     found.refuse()
     config, rows, encoded = found.config, found.rows, found.encoded
     assert rows is not None
@@ -187,7 +194,7 @@ def begin(found: Inputs, say: Say) -> Session:
         tokenizer.chat_template = encoded.chat_template
         model.decal_base = replace(model.decal_base, chat_template=encoded.chat_template)
 
-    table = _make_trainable(model, found, say)
+    table = _make_trainable(model, found, say, adapter)
     say(trainable_line(model))
     fused = fused_line(model)
     if fused is not None:
@@ -209,13 +216,31 @@ def begin(found: Inputs, say: Say) -> Session:
         ),
         flattening=flattening,
         head=head_of(model, OBJECTIVES[config.objective]),
-        rates=rates(model, config),
+        rates=rates(trained(model, adapter), config),
         table=table,
         bits_per_weight=bits,
+        adapter=adapter,
     )
 
 
-def _make_trainable(model: Any, found: Inputs, say: Say) -> TargetTable | None:
+def beside(session: Session, found: Inputs, adapter: str) -> Session:
+    """Another candidate on the model of `session`: same base, same rows, an adapter of its own.
+
+    Raises as `attach`.
+    """
+    config = found.config
+    table = _make_trainable(session.model, found, lambda line: None, adapter)
+    return replace(
+        session,
+        config=config,
+        batches=_batches(config, session.samples, session.flat),
+        rates=rates(trained(session.model, adapter), config),
+        table=table,
+        adapter=adapter,
+    )
+
+
+def _make_trainable(model: Any, found: Inputs, say: Say, name: str) -> TargetTable | None:
     """As `make_trainable`, on a model with weights."""
     config, going_on = found.config, found.going_on
     new = model.decal_base.new
@@ -228,7 +253,9 @@ def _make_trainable(model: Any, found: Inputs, say: Say) -> TargetTable | None:
         )
     if going_on is not None:
         say(f"going on with adapter {going_on.source}")
-    table = make_trainable(model, config, going_on, new, allow_other_base=found.allow_other_base)
+    table = make_trainable(
+        model, config, going_on, new, name=name, allow_other_base=found.allow_other_base
+    )
     if table is None:
         say("full fine-tuning: every weight is trained")
     for line in table.lines() if table is not None else ():

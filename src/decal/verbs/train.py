@@ -31,7 +31,7 @@ from decal.train.exact import set_workspace
 from decal.train.loop import train as run_loop
 from decal.train.room import fitting
 from decal.verbs.findings import before
-from decal.verbs.inputs import ADAPTER, look, refuse_own_output
+from decal.verbs.inputs import look, refuse_own_output
 from decal.verbs.load import save_adapter
 from decal.verbs.provenance import run_facts
 from decal.verbs.same_base import fingerprint_of
@@ -106,7 +106,7 @@ def train(
     """
     set_workspace()
     say = say or (lambda line: None)
-    observe = _tidy(observe or (lambda event: None))
+    observe = tidy(observe or (lambda event: None))
     refuse_own_output(config)
     ready = partial(_prepare, config, check, allow_other_base, observe, say)
     if dry_run:
@@ -116,13 +116,13 @@ def train(
     if not resume:  # before the wait for model and data, and again when the folder is made
         RunFolder.check_new(config.output, force=force)
         session = ready()
-    with _open_run(config, resume=resume, force=force) as run:
+    with open_run(config, resume=resume, force=force) as run:
         if resume:
             session = ready()
-        _write_info(session, run, config.output)
+        write_info(session, run, config.output)
         with session.training(), _reporting(config, run, observe) as report:
-            result = run_loop(_job(session, run, report, resume))
-        weights, scores = _finish(session, run, result)
+            result = run_loop(job_of(session, run, report, resume))
+        weights, scores = finish(session, run, result)
     trainable, total = trainable_parameters(session.model)
     return RunResult(
         run=run.path,
@@ -135,7 +135,7 @@ def train(
     )
 
 
-def _finish(session: Session, run: RunFolder, result: Result) -> tuple[Path, dict[str, float]]:
+def finish(session: Session, run: RunFolder, result: Result) -> tuple[Path, dict[str, float]]:
     """Leaves weights, curve and result in the run folder; where the weights are, and scores."""
     session.model.eval()
     weights = _save(session, run, result)
@@ -164,7 +164,7 @@ def _prepare(
     return begin(found, say)
 
 
-def _tidy(observe: Callable[[Event], None]) -> Callable[[Event], None]:
+def tidy(observe: Callable[[Event], None]) -> Callable[[Event], None]:
     """Gives freed memory back now and then: steps of different lengths leave holes in the heap."""
 
     def watch(event: Event) -> None:
@@ -194,7 +194,13 @@ def _reporting(
         yield report
 
 
-def _open_run(config: RunConfig, *, resume: bool, force: bool) -> RunFolder:
+def open_run(config: RunConfig, *, resume: bool, force: bool = False) -> RunFolder:
+    """The run's folder, held: a new one, or that of the run that is resumed.
+
+    Raises:
+        ConfigError: it began with other settings.
+        OutputError: it is in use.
+    """
     if not resume:
         return RunFolder.create(config.output, dump_run(config), force=force)
     run = RunFolder.open(config.output)
@@ -222,7 +228,7 @@ def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
     return lines
 
 
-def _write_info(session: Session, run: RunFolder, output: str) -> None:
+def write_info(session: Session, run: RunFolder, output: str) -> None:
     """info.json of a new run; a resumed one must find the base and the data it began with."""
     before, now = run.info(), _info(session)
     if not before:  # a new run, or one that was killed before it got here
@@ -243,7 +249,8 @@ def _write_info(session: Session, run: RunFolder, output: str) -> None:
         )
 
 
-def _job(session: Session, run: RunFolder, observe: Callable[[Event], None], resume: bool) -> Job:
+def job_of(session: Session, run: RunFolder, observe: Callable[[Event], None], resume: bool) -> Job:
+    """The session as a training."""
     return Job(
         loss=session.loss,
         parameters=session.parameters,
@@ -268,7 +275,7 @@ def _save(session: Session, run: RunFolder, result: Result) -> Path:
         return out
     out = run.path / "adapter"
     facts = run_facts(session.config, run.info(), result)
-    save_adapter(session.model, out, ADAPTER, force=True, run=facts)
+    save_adapter(session.model, out, session.adapter, force=True, run=facts)
     return out
 
 

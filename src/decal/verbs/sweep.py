@@ -1,0 +1,432 @@
+"""`decal sweep`: many candidates, one base, and every candidate an ordinary run.
+
+Candidates that share base and rows are attached to one model and go through it together
+(train/together.py); each has its run folder, its checkpoints and its adapter as if it had been
+trained alone, and is held to what it would have been alone. What is not a candidate's own, the
+grid and who is over, is in the sweep folder, so that a sweep that was killed goes on where each
+candidate was.
+
+More candidates than memory has room for are trained in waves over the base that is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from decal.config import LoraConfig, RunConfig
+from decal.errors import ConfigError
+from decal.model.heap import give_back_freed
+from decal.model.inject import detach
+from decal.model.state import train_only
+from decal.runfile import dump_run, parse_run
+from decal.store.run import RunFolder
+from decal.store.sweep import SweepFolder
+from decal.train.events import Event, Job, Note, Result
+from decal.train.exact import set_workspace
+from decal.train.halving import Halving
+from decal.train.together import Judge, train_together
+from decal.verbs import joint, plateau
+from decal.verbs.findings import before
+from decal.verbs.grid import Candidate, candidate, candidates, groups, joinable, lines
+from decal.verbs.inputs import Inputs, look, look_again
+from decal.verbs.session import Say, Session, begin, beside
+from decal.verbs.train import finish, job_of, open_run, tidy, write_info
+
+RANK, SEED = "adapter.r", "train.seed"
+OVER = ("done", "stopped", "failed")
+
+Observe = Callable[[str | None, Event], None]
+"""Hears the name of a candidate, or None for all of them, and what happened."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """What became of one candidate."""
+
+    name: str
+    settings: dict[str, Any]
+    """Its own, by dotted key."""
+    status: str
+    """done | stopped | failed"""
+    why: str | None
+    run: Path
+    result: dict[str, Any]
+    """As in the run's info.json; empty for one that failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """A finished sweep."""
+
+    sweep: Path
+    tried: tuple[Tried, ...]
+    verdict: str | None
+    """Of `until_plateau`: where doubling ended, and why."""
+
+    @property
+    def failed(self) -> list[Tried]:
+        """Candidates that ended with an error."""
+        return [each for each in self.tried if each.status == "failed"]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each candidate, for printing."""
+        return [
+            {
+                "candidate": each.name,
+                "status": each.status,
+                "parameters": each.result.get("trainable_params"),
+                "best eval loss": each.result.get("best_eval_loss"),
+                "final loss": each.result.get("loss"),
+                "accuracy": each.result.get("eval_accuracy"),
+                "steps": each.result.get("steps"),
+            }
+            for each in self.tried
+        ]
+
+    def lines(self) -> list[str]:
+        """What there is to say beyond the rows."""
+        found = [f"{each.name}: {each.why}" for each in self.tried if each.why]
+        if self.verdict is not None:
+            found.append(self.verdict)
+        return [*found, f"sweep  {self.sweep}"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, for programs."""
+        tried = [{**vars(each), "run": str(each.run)} for each in self.tried]
+        return {"sweep": str(self.sweep), "candidates": tried, "verdict": self.verdict}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ways:
+    """How a sweep chooses, beside its grid."""
+
+    until_plateau: bool = False
+    """Double r until the evaluation loss stops improving."""
+    threshold: float | None = None
+    """Share of the loss that counts as an improvement; None goes by two seeds."""
+    halving: bool = False
+    """End losing candidates early."""
+
+    def state(self) -> dict[str, Any]:
+        """For sweep.json."""
+        return dict(vars(self))
+
+
+def sweep(
+    config: RunConfig,
+    grid: Mapping[str, Sequence[Any]],
+    ways: Ways | None = None,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    observe: Observe | None = None,
+    say: Say | None = None,
+) -> SweepResult:
+    """Trains the candidates of a grid over one base, into `config.output`.
+
+    Args:
+        config: the run that candidates vary; each trains into a folder below its output.
+        grid: dotted keys of settings and their values: {"adapter.r": [4, 8, 16]}.
+        ways: `until_plateau`, `halving`.
+        resume: go on with the sweep of that folder; config, grid and ways must be the same.
+        force: remove an earlier sweep there.
+        observe: hears every candidate's events.
+        say: called with lines about what was found and done.
+
+    Raises:
+        ConfigError: a grid that is none, or another than that of the sweep that is resumed.
+        OutputError: the folder is in use.
+        StorageError, Interrupted: every candidate has its checkpoint.
+        Whatever a run of the first candidate's settings raises before step 1.
+    """
+    set_workspace()
+    ways = ways or Ways()
+    say = say or (lambda line: None)
+    observe = observe or (lambda name, event: None)
+    first = _first_round(config, grid, ways)
+    for line in lines(config, grid):
+        say(line)
+    seen = [_looked_at(group) for group in groups(first)]
+    if not resume:
+        SweepFolder.check_new(config.output, force=force)
+    with _opened(config, grid, ways, first, resume=resume, force=force) as folder:
+        work = _Work(folder, config, grid, ways, observe, say)
+        for inputs in seen:
+            work.train(inputs)
+        verdict = work.double(seen[0]) if ways.until_plateau else None
+        return SweepResult(sweep=folder.path, tried=tuple(work.tried()), verdict=verdict)
+
+
+def _first_round(
+    config: RunConfig, grid: Mapping[str, Sequence[Any]], ways: Ways
+) -> list[Candidate]:
+    if not ways.until_plateau:
+        found = candidates(config, grid)
+        if config.data.eval is None and ways.halving:
+            raise ConfigError(
+                "halving compares evaluations, but `data.eval` is null",
+                hint="set `data.eval: 0.05`",
+            )
+        return found
+    if set(grid) - {RANK} or len(grid.get(RANK, ())) > 1:
+        raise ConfigError(
+            "--until-plateau varies adapter.r by itself",
+            hint="leave --grid out, or give it the rank to begin with: --grid adapter.r=8",
+        )
+    if config.data.eval is None:
+        raise ConfigError(
+            "--until-plateau goes by the evaluation loss, but `data.eval` is null",
+            hint="set `data.eval: 0.05`",
+        )
+    [start] = grid.get(RANK, [plateau.FIRST])
+    # Through the grid's own checks, so that a wrong rank is refused as there.
+    candidates(config, {RANK: [start]})
+    return [each for r in (start, 2 * start) for each in _of_rank(config, r, ways)]
+
+
+def _of_rank(config: RunConfig, r: int, ways: Ways) -> list[Candidate]:
+    """The runs that judge one rank: two seeds, or one where a threshold was named."""
+    if ways.threshold is not None:
+        return [candidate(config, {RANK: r})]
+    seeds = [config.train.seed + i for i in range(plateau.SEEDS)]
+    return [candidate(config, {RANK: r, SEED: seed}) for seed in seeds]
+
+
+Looked = list[tuple[Candidate, Inputs]]
+
+
+def _looked_at(group: Sequence[Candidate]) -> Looked:
+    """What each candidate of a group begins with; all problems of one are raised as one error."""
+    first, *others = group
+    found = look(first.config)
+    found.refuse()
+    looked = [(first, found)]
+    for each in others:
+        again = look_again(found, each.config)
+        again.refuse()
+        looked.append((each, again))
+    return looked
+
+
+def _opened(
+    config: RunConfig,
+    grid: Mapping[str, Sequence[Any]],
+    ways: Ways,
+    first: Sequence[Candidate],
+    *,
+    resume: bool,
+    force: bool,
+) -> SweepFolder:
+    asked = {"grid": {key: list(values) for key, values in grid.items()}, "ways": ways.state()}
+    if not resume:
+        state = {**asked, "candidates": [each.entry("waiting") for each in first]}
+        return SweepFolder.create(config.output, dump_run(config), state, force=force)
+    folder = SweepFolder.open(config.output)
+    try:
+        before = parse_run(folder.settings, name=str(folder.path / "sweep.yaml"))
+        state = folder.read()
+        known = {key: state.get(key) for key in asked}
+        if before != config or known != asked:
+            what = "settings" if before != config else "candidates"
+            raise ConfigError(
+                f"the sweep `{folder.path}` began with other {what}",
+                hint="resume it with what it began with (sweep.yaml, sweep.json), or start over"
+                " with --force",
+            )
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+@dataclass
+class _Work:
+    """A sweep under way."""
+
+    folder: SweepFolder
+    config: RunConfig
+    grid: Mapping[str, Sequence[Any]]
+    ways: Ways
+    observe: Observe
+    say: Say
+    runs: dict[str, Path] = field(default_factory=dict)
+
+    def train(self, looked: Looked) -> None:
+        """Trains those candidates of a group that are not over, wave by wave."""
+        for each, _ in looked:
+            self.runs[each.name] = Path(each.config.output)
+            self._note(each, None)
+        left = [(e, found) for e, found in looked if self._entry(e.name)["status"] not in OVER]
+        if not left:
+            return
+        base = _Base(left[0][1], self.say)
+        for finding in before(left[0][1]):
+            if finding.level == "problem":
+                raise finding.as_problem("train a run with --no-check to see it all the same").error
+            if finding.level == "warning":
+                self.observe(None, Note(text=finding.line()))
+        for wave in base.waves(left):
+            self._wave(base, wave)
+
+    def double(self, looked: Looked) -> str:
+        """Doubles the rank until that stops paying; says where, and why."""
+        while True:
+            verdict = plateau.verdict(self._losses(), self.ways.threshold)
+            if verdict is None:
+                return "too few candidates came to an evaluation to compare ranks"
+            self.say(verdict.why)
+            if verdict.over:
+                return f"r = {verdict.r}: {verdict.why}"
+            more = _of_rank(self.config, 2 * max(self._losses()), self.ways)
+            found = looked[0][1]
+            self.train([(each, look_again(found, each.config)) for each in more])
+
+    def tried(self) -> list[Tried]:
+        """What became of each candidate."""
+        found = []
+        for entry in self.folder.read()["candidates"]:
+            run = self.folder.path / entry["name"]
+            result = RunFolder.look(run).info().get("result", {})
+            found.append(
+                Tried(
+                    name=entry["name"],
+                    settings=entry["settings"],
+                    status=entry["status"],
+                    why=entry.get("why"),
+                    run=run,
+                    result=result,
+                )
+            )
+        return found
+
+    def _losses(self) -> dict[int, list[float]]:
+        """Rank -> best evaluation losses of its seeds."""
+        found: dict[int, list[float]] = {}
+        for each in self.tried():
+            loss = each.result.get("best_eval_loss")
+            if loss is not None:
+                found.setdefault(each.settings[RANK], []).append(loss)
+        return found
+
+    def _wave(self, base: _Base, wave: Looked) -> None:
+        with ExitStack() as stack:
+            sessions = base.attach(wave)
+            stack.callback(base.detach, list(sessions))
+            runs = {}
+            for each, _ in wave:
+                resume = (Path(each.config.output) / "run.yaml").exists()
+                runs[each.name] = stack.enter_context(open_run(each.config, resume=resume))
+                write_info(sessions[each.name], runs[each.name], each.config.output)
+                self._note(each, "training")
+            judge = self._judge(sessions) if self.ways.halving else None
+            with base.session.training():
+                outcomes = train_together(
+                    self._jobs(sessions, runs),
+                    partial(joint.losses, sessions),
+                    tokens=self.config.train.micro_batch_tokens,
+                    judge=judge,
+                    observe=partial(self.observe, None),
+                )
+            for each, _ in wave:
+                outcome = outcomes[each.name]
+                if isinstance(outcome, Result):
+                    finish(sessions[each.name], runs[each.name], outcome)
+                    self._note(each, "stopped" if outcome.halted else "done", outcome.stopped)
+                else:
+                    self._note(each, "failed", outcome.message)
+                    self.observe(each.name, Note(text=f"{each.name} failed: {outcome}"))
+
+    def _jobs(
+        self, sessions: Mapping[str, Session], runs: Mapping[str, RunFolder]
+    ) -> dict[str, Job]:
+        """Every candidate as a training. One of them gives freed memory back for all."""
+        first = next(iter(sessions))
+        jobs = {}
+        for name, session in sessions.items():
+            observe: Callable[[Event], None] = partial(self.observe, name)
+            if name == first:
+                observe = tidy(observe)
+            jobs[name] = job_of(session, runs[name], observe, resume=True)
+        return jobs
+
+    def _judge(self, sessions: Mapping[str, Session]) -> Judge:
+        """Compares with those that are over, too."""
+        known = {}
+        for entry in self.folder.read()["candidates"]:
+            if entry["status"] == "done":
+                rows = RunFolder.look(self.folder.path / entry["name"]).metrics()
+                known[entry["name"]] = [
+                    (row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row
+                ]
+        steps = {name: session.total_steps for name, session in sessions.items()}
+        for name in known:
+            steps.setdefault(name, max(steps.values()))
+        return Halving([*known, *sessions], steps, known)
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        entries: list[dict[str, Any]] = self.folder.read()["candidates"]
+        return next(entry for entry in entries if entry["name"] == name)
+
+    def _note(self, each: Candidate, status: str | None, why: str | None = None) -> None:
+        """Writes down a candidate's status; with None only that there is such a candidate."""
+        state = self.folder.read()
+        known = {entry["name"]: i for i, entry in enumerate(state["candidates"])}
+        if each.name not in known:
+            state["candidates"].append(each.entry(status or "waiting", why))
+        elif status is None:
+            return
+        else:
+            state["candidates"][known[each.name]] = each.entry(status, why)
+        self.folder.write(state)
+
+
+class _Base:
+    """The base of one group, loaded when the first candidate needs it."""
+
+    def __init__(self, found: Inputs, say: Say):
+        self._found = found
+        self._say = say
+        self._session: Session | None = None
+
+    @property
+    def session(self) -> Session:
+        """Any candidate's, for what all have in common."""
+        assert self._session is not None
+        return self._session
+
+    def waves(self, looked: Looked) -> list[Looked]:
+        """Candidates that are trained together."""
+        waves: list[Looked] = []
+        together: Looked = []
+        for each, found in looked:
+            if joinable(each.config):
+                together.append((each, found))
+            else:
+                waves.append([(each, found)])
+        return [together, *waves] if together else waves
+
+    def attach(self, wave: Looked) -> dict[str, Session]:
+        """Every candidate's session; all adapters are on the one model, and trainable."""
+        sessions: dict[str, Session] = {}
+        for each, found in wave:
+            if self._session is None:
+                self._session = begin(found, self._say, each.name)
+                sessions[each.name] = self._session
+            else:
+                sessions[each.name] = beside(self._session, found, each.name)
+            adapter = each.config.adapter
+            shown = f", r {adapter.r}" if isinstance(adapter, LoraConfig) else ""
+            self._say(f"candidate {each.name}{shown}")
+        train_only(self.session.model, frozenset(sessions))
+        return sessions
+
+    def detach(self, names: Sequence[str]) -> None:
+        """The base alone again."""
+        for name in names:
+            detach(self.session.model, name)
+        give_back_freed()
