@@ -38,6 +38,7 @@ from decal.cli import (
     push,
     quantize,
     quickstart,
+    report,
     train,
     verify,
 )
@@ -84,6 +85,7 @@ for module in (
     generate,
     compare,
     inspect,
+    report,
     diff,
     merge,
     verify,

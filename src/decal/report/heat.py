@@ -1,0 +1,127 @@
+"""Heat maps of adapters as tables: kinds of modules down, layers across, the colour by size.
+
+A table scrolls inside its box where layers are many, its numbers can be read and copied, and it
+takes the page's colours. Numbers are shown where they have room; each cell names itself when it is
+pointed at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from decal.report.html import Child, Markup, table, tag
+from decal.report.spectra import Kind, Learned, kinds, layers, percent, relative, sentence
+
+ROOM = 8
+"""Layers up to which cells hold their numbers."""
+HOT = 0.62
+"""Opacity above which text is set in the colour of the ground."""
+
+
+def spectra_table(learned: Mapping[str, Learned]) -> Markup:
+    """The adapters one below the other, a few numbers of each."""
+    rows: list[Sequence[Child]] = []
+    for name, one in learned.items():
+        modules = one["modules"]
+        ranks = [module["effective_rank"] for module in modules]
+        sizes = [module["relative"] for module in modules]
+        rows.append(
+            (
+                name,
+                str(max((module["r"] for module in modules), default=0)),
+                f"{sum(ranks) / max(len(ranks), 1):.1f}",
+                percent(sum(sizes) / len(sizes)) if relative(one) else "–",
+                str(max((module["directions"][0] for module in modules), default=0)),
+                str(one["rank"]),
+                str(one["rank_everywhere"]),
+            )
+        )
+    header = ("", "r", "effective rank", "update / weight", "90 % in every module",
+              "r for 99 %", "99 % in every module")  # fmt: skip
+    return table(header, rows)
+
+
+def heat_maps(name: str, learned: Learned, *, folded: bool, opened: bool) -> Markup:
+    """The heat maps of one adapter; `folded` into a line that opens."""
+    rows, columns = kinds(learned), layers(learned)
+    share = relative(learned)
+    top = max((v for row in rows for v in row.sizes if v is not None), default=0.0)
+    shown: Callable[[float], str] = percent if share else "{:.3g}".format
+    title = "Update over base weight (Frobenius norms)" if share else "Norm of the update"
+    body = [
+        tag("p", sentence(learned), class_="note"),
+        tag("p", f"Norms stand alone, because {learned['base']}.", class_="note")
+        if learned["base"] else None,
+        tag("h3", title),
+        _heat(rows, columns, lambda row: row.sizes, top, shown),
+        tag("h3", "Effective rank, and directions for 99 % of the energy"),
+        _heat(rows, columns, lambda row: row.ranks, max((r.r for r in rows), default=1),
+              "{:.1f}".format, last=True),
+        *_beside(learned),
+    ]  # fmt: skip
+    if not folded:
+        return tag("div", *body)
+    head = tag("summary", name)
+    return tag("details", head, *body, open="" if opened else None)
+
+
+def _heat(
+    rows: Sequence[Kind],
+    columns: Sequence[int | None],
+    values: Callable[[Kind], Sequence[float | None]],
+    top: float,
+    shown: Callable[[float], str],
+    *,
+    last: bool = False,
+) -> Markup:
+    numbers = len(columns) <= ROOM
+    head = tag(
+        "tr",
+        tag("th", "layer"),
+        *(tag("th", _layer(layer) if numbers or i % 4 == 0 else "", class_="n")
+          for i, layer in enumerate(columns)),
+        tag("th", "99 % in", class_="n") if last else tag("th", "mean", class_="n"),
+    )  # fmt: skip
+    body = [
+        tag(
+            "tr",
+            tag("th", row.name, scope="row"),
+            *(
+                _cell(value, top, shown, numbers, f"{row.name}, layer {_layer(layer)}")
+                for value, layer in zip(values(row), columns, strict=True)
+            ),
+            tag("td", f"{row.directions[1]} of {row.r}" if last else shown(_mean(values(row))),
+                class_="n"),
+        )
+        for row in rows
+    ]  # fmt: skip
+    return tag("div", tag("table", tag("thead", head), tag("tbody", *body)),
+               class_="scroll heat", tabindex="0")  # fmt: skip
+
+
+def _cell(
+    value: float | None, top: float, shown: Callable[[float], str], numbers: bool, where: str
+) -> Markup:
+    if value is None:
+        return tag("td", "", class_="c")
+    share = value / top if top else 0.0
+    hot = " hot" if share > HOT else ""
+    fill = tag("i", style=f"opacity:{share:.3f}")
+    label = tag("span", shown(value)) if numbers else None
+    return tag("td", fill, label, class_="c" + hot, title=f"{where}: {shown(value)}")
+
+
+def _layer(layer: int | None) -> str:
+    return "–" if layer is None else str(layer)
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+def _beside(learned: Learned) -> list[Markup]:
+    rows = [(row["name"], f"{row['norm']:.4g}") for row in learned["beside"]]
+    if not rows:
+        return []
+    return [tag("h3", "Trained beside the factors"), table(("", "norm"), rows)]
