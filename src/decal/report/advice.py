@@ -104,8 +104,11 @@ def scores(candidates: Sequence[Candidate]) -> list[Score]:
     return found
 
 
-def recommend(found: Sequence[Score]) -> Advice:
-    """The recommendation among these scores, with its reason."""
+def recommend(found: Sequence[Score], tried: Sequence[int] = ()) -> Advice:
+    """The recommendation among these scores, with its reason.
+
+    `tried` are the ranks of all candidates, those that have not ended too.
+    """
     groups = _grouped(found)
     if len(groups) < 2:
         return Advice(text="One setting alone has nothing to be compared with.")
@@ -122,7 +125,7 @@ def recommend(found: Sequence[Score]) -> Advice:
         best=best.loss,
         noise=noise,
         source=source,
-        more=_more(groups, chosen),
+        more=_more(groups, chosen, tried),
     )
 
 
@@ -177,20 +180,19 @@ def _reason(groups: Sequence[_Group], chosen: _Group, best: _Group, noise: float
     )
 
 
-def _more(groups: Sequence[_Group], chosen: _Group) -> str | None:
+def _more(groups: Sequence[_Group], chosen: _Group, tried: Sequence[int]) -> str | None:
     """What to run next where the chosen candidate is at an end of the ranks that were tried."""
     ranks = sorted({group.r for group in groups if group.r is not None})
     if len(ranks) < 2 or chosen.r is None:
         return None
-    if chosen.r == ranks[-1]:
+    r = chosen.r
+    if r == ranks[-1] and not any(other > r for other in tried):
         return (
-            f"r={chosen.r} is the largest rank that was tried, and still better than the others by"
-            f" more than the noise: go on doubling, to r={2 * chosen.r}."
+            f"r={r} is the largest rank that was tried, and still better than the others by more"
+            f" than the noise: go on doubling, to r={2 * r}."
         )
-    if chosen.r == ranks[0] and chosen.r > 1:
-        return (
-            f"r={chosen.r} is the smallest rank that was tried: r={chosen.r // 2} may do as well."
-        )
+    if r == ranks[0] and r > 1 and not any(other < r for other in tried):
+        return f"r={r} is the smallest rank that was tried: r={r // 2} may do as well."
     return None
 
 

@@ -26,10 +26,12 @@ from decal.report.candidate import Candidate
 from decal.report.plots import Points, smoothed
 from decal.report.spectra import Learned, kinds, layers, relative
 
-SIZE = (4.7, 3.1)
+SIZE = (4.4, 3.0)
 """Inches; a point is a pixel and a half where the figure fills half a wide page."""
-DPI = 200
-FONT = 8.5
+DPI = 160
+FONT = 9.0
+LEFT, TOP, BOTTOM = 40.0, 28.0, 34.0
+"""Margins in points: tick labels, the title, the axis' name."""
 GAP = 0.062
 """Least distance of two labels, in heights of the axes."""
 LOG = 6.0
@@ -91,10 +93,24 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def _begin(theme: Theme, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=size, dpi=DPI, facecolor=theme.card, layout="constrained")
+def _begin(
+    theme: Theme, size: tuple[float, float] = SIZE, *, left: float = LEFT, right: float = 12.0
+) -> tuple[Figure, Axes]:
+    """A figure with one axes inside fixed margins, `left` and `right` in points.
+
+    Rejected: constrained layout, which takes as long as all the rest, and by which the axes of two
+    figures below each other begin at different places.
+    """
+    figure = Figure(figsize=size, dpi=DPI, facecolor=theme.card)
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot(facecolor="none")
+    wide, tall = (72 * length for length in size)
+    box = (left / wide, BOTTOM / tall, (wide - left - right) / wide, (tall - TOP - BOTTOM) / tall)
+    return figure, figure.add_axes(box, facecolor="none")
+
+
+def _room(names: Sequence[str]) -> float:
+    """Points that the longest of these names takes, and a little air."""
+    return 10.0 + 0.6 * FONT * max((len(short(name)) for name in names), default=0)
 
 
 def _dress(axes: Axes, theme: Theme, x: str, title: str) -> None:
@@ -106,7 +122,10 @@ def _dress(axes: Axes, theme: Theme, x: str, title: str) -> None:
     axes.spines["bottom"].set_color(theme.grid)
     axes.tick_params(colors=theme.muted, labelsize=FONT, length=0, which="both")
     axes.set_xlabel(x, color=theme.muted, fontsize=FONT)
-    axes.set_title(title, loc="left", color=theme.ink, fontsize=FONT + 1, fontweight="bold", pad=8)
+    figure = axes.get_figure()
+    assert figure is not None
+    place = (1.5 / (72 * figure.get_figwidth()), 1 - 3 / (72 * figure.get_figheight()))
+    figure.text(*place, title, va="top", color=theme.ink, fontsize=FONT + 1, fontweight="bold")
 
 
 def _number(value: float, _: Any = None) -> str:
@@ -201,7 +220,7 @@ def losses_figure(
     curves = [(place, one, curve) for place, one, curve in curves if curve[0]]
     if not curves:
         return None
-    figure, axes = _begin(theme)
+    figure, axes = _begin(theme, right=_room([one.name for _, one, _ in curves]))
     dots = name == "eval_loss"
     for place, _, (steps, values) in curves:
         marker = {"marker": "o", "markersize": 3.2} if dots or len(steps) == 1 else {}
@@ -212,8 +231,6 @@ def losses_figure(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     kind = "Evaluation loss" if dots else "Training loss, smoothed"
     _dress(axes, theme, "step", kind + (" (log scale)" if log else ""))
-    # Where data ends up on the page is known only after the layout.
-    figure.draw_without_rendering()
     _label_ends(
         axes,
         [
@@ -221,6 +238,36 @@ def losses_figure(
             for place, one, (_, values) in curves
         ],
     )
+    return figure
+
+
+def run_figure(candidate: Candidate, *, theme: Theme = LIGHT) -> Figure | None:
+    """Training and evaluation loss of one run; the distance between them is what to look at.
+
+    None where there is neither.
+    """
+    train, evaluations = candidate.curve("loss"), candidate.curve("eval_loss")
+    if not train[0] and not evaluations[0]:
+        return None
+    figure, axes = _begin(theme, right=_room(["evaluation"]))
+    labels = []
+    trend = smoothed(train[1])
+    end = max([*train[0], *evaluations[0]])
+    if train[0]:
+        colour = theme.series[0]
+        axes.plot(*train, color=colour, linewidth=0.7, alpha=0.35)
+        axes.plot(train[0], trend, color=colour, linewidth=1.6)
+        labels.append(_Label("training", colour, (end, trend[-1])))
+    if evaluations[0]:
+        colour = theme.series[1]
+        axes.plot(*evaluations, color=colour, linewidth=1.4, marker="o", markersize=3.6)
+        labels.append(_Label("evaluation", colour, (end, evaluations[1][-1])))
+    log = _vertical(axes, [*trend, *evaluations[1]])
+    axes.set_xlim(0, end)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    title = "Loss per trained token" + (" (log scale)" if log else "")
+    _dress(axes, theme, "step", title)
+    _label_ends(axes, labels)
     return figure
 
 
@@ -352,8 +399,9 @@ def spectrum_figure(learned: Learned, *, title: str = "", theme: Theme = LIGHT) 
     Update over base weight where the base was at hand, else the update's norm.
     """
     rows, columns = kinds(learned), layers(learned)
-    tall = max(1.6, 0.9 + 0.24 * len(rows))
-    figure, axes = _begin(theme, (max(SIZE[0], 1.6 + 0.16 * len(columns)), tall))
+    wide, tall = max(SIZE[0], 1.8 + 0.16 * len(columns)), max(1.6, 0.9 + 0.24 * len(rows))
+    left, right = _room([row.name for row in rows]), 56.0
+    figure, axes = _begin(theme, (wide, tall), left=left, right=right)
     share = relative(learned)
     cells = [[math.nan if v is None else v * (100 if share else 1) for v in row.sizes] for row in
              rows]  # fmt: skip
@@ -368,7 +416,9 @@ def spectrum_figure(learned: Learned, *, title: str = "", theme: Theme = LIGHT) 
     _dress(axes, theme, "layer", plain(short(title, 40)) + (" · " if title else "") + what)
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)
-    bar = figure.colorbar(mesh, ax=axes, fraction=0.04, pad=0.02, aspect=18)
+    place = axes.get_position()
+    at = (place.x1 + 8 / (72 * wide), place.y0, 8 / (72 * wide), place.height)
+    bar = figure.colorbar(mesh, cax=figure.add_axes(at))
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=theme.muted, labelsize=FONT - 1, length=0)
     if share:

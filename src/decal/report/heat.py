@@ -10,12 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from decal.report.html import Child, Markup, table, tag
-from decal.report.spectra import Kind, Learned, kinds, layers, percent, relative, sentence
+from decal.report.spectra import (
+    Kind,
+    Learned,
+    decimals,
+    kinds,
+    largest,
+    layers,
+    percent,
+    relative,
+    sentence,
+)
 
 ROOM = 8
 """Layers up to which cells hold their numbers."""
-HOT = 0.62
-"""Opacity above which text is set in the colour of the ground."""
+FULL = 0.55
+"""Opacity of the largest value: text stays readable on it in both schemes."""
 
 
 def spectra_table(learned: Mapping[str, Learned]) -> Markup:
@@ -41,28 +51,59 @@ def spectra_table(learned: Mapping[str, Learned]) -> Markup:
     return table(header, rows)
 
 
-def heat_maps(name: str, learned: Learned, *, folded: bool, opened: bool) -> Markup:
-    """The heat maps of one adapter; `folded` into a line that opens."""
+def heat_maps(
+    name: str, learned: Learned, *, beside: Child = None, folded: bool = False, opened: bool = True
+) -> Markup:
+    """The heat maps of one adapter, after what stands `beside` them.
+
+    Args:
+        folded: into a line with the adapter's name that opens; `opened` says whether it is open.
+    """
     rows, columns = kinds(learned), layers(learned)
     share = relative(learned)
-    top = max((v for row in rows for v in row.sizes if v is not None), default=0.0)
-    shown: Callable[[float], str] = percent if share else "{:.3g}".format
-    title = "Update over base weight (Frobenius norms)" if share else "Norm of the update"
-    body = [
-        tag("p", sentence(learned), class_="note"),
-        tag("p", f"Norms stand alone, because {learned['base']}.", class_="note")
-        if learned["base"] else None,
-        tag("h3", title),
-        _heat(rows, columns, lambda row: row.sizes, top, shown),
-        tag("h3", "Effective rank, and directions for 99 % of the energy"),
-        _heat(rows, columns, lambda row: row.ranks, max((r.r for r in rows), default=1),
-              "{:.1f}".format, last=True),
+    top = largest(rows)
+    factor = 100 if share else 1
+    digits = decimals(factor * top)
+
+    def shown(value: float) -> str:
+        return f"{factor * value:.{digits}f}"
+
+    title = "Update over base weight, in %" if share else "Norm of the update"
+    sizes = _heat(rows, columns, lambda row: row.sizes, top, shown)
+    ranks = _heat(
+        rows,
+        columns,
+        lambda row: row.ranks,
+        max((row.r for row in rows), default=1),
+        "{:.1f}".format,
+        last=True,
+    )
+    why = f"Norms stand alone, because {learned['base']}." if learned["base"] else None
+    body = (
+        tag("p", sentence(learned), class_="say"),
+        why and tag("p", why, class_="note"),
+        _arranged(
+            beside,
+            (tag("h3", title), sizes),
+            (tag("h3", "Effective rank"), ranks),
+            wide=len(columns) > ROOM,
+        ),
         *_beside(learned),
-    ]  # fmt: skip
+    )
     if not folded:
         return tag("div", *body)
-    head = tag("summary", name)
-    return tag("details", head, *body, open="" if opened else None)
+    return tag("details", tag("summary", name), *body, open="" if opened else None)
+
+
+def _arranged(
+    beside: Child, first: Sequence[Markup], second: Sequence[Markup], *, wide: bool
+) -> Markup:
+    """Two maps in one column beside a figure or beside each other; one below the other if wide."""
+    maps = (tag("div", *first), tag("div", *second))
+    if wide:
+        return tag("div", beside, *maps)
+    columns = (tag("div", beside), tag("div", *first, *second)) if beside else maps
+    return tag("div", *columns, class_="figures")
 
 
 def _heat(
@@ -78,7 +119,7 @@ def _heat(
     head = tag(
         "tr",
         tag("th", "layer"),
-        *(tag("th", _layer(layer) if numbers or i % 4 == 0 else "", class_="n")
+        *(tag("th", _layer(layer) if numbers or i % 4 == 0 else "", class_="m")
           for i, layer in enumerate(columns)),
         tag("th", "99 % in", class_="n") if last else tag("th", "mean", class_="n"),
     )  # fmt: skip
@@ -96,7 +137,7 @@ def _heat(
         for row in rows
     ]  # fmt: skip
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)),
-               class_="scroll heat", tabindex="0")  # fmt: skip
+               class_="scroll heat few" if numbers else "scroll heat", tabindex="0")  # fmt: skip
 
 
 def _cell(
@@ -105,10 +146,9 @@ def _cell(
     if value is None:
         return tag("td", "", class_="c")
     share = value / top if top else 0.0
-    hot = " hot" if share > HOT else ""
-    fill = tag("i", style=f"opacity:{share:.3f}")
+    fill = tag("i", style=f"opacity:{FULL * share:.3f}")
     label = tag("span", shown(value)) if numbers else None
-    return tag("td", fill, label, class_="c" + hot, title=f"{where}: {shown(value)}")
+    return tag("td", fill, label, class_="c", title=f"{where}: {shown(value)}")
 
 
 def _layer(layer: int | None) -> str:

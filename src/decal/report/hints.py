@@ -71,8 +71,8 @@ def rising(evaluations: Points, kept: float | None = None) -> Hint | None:
     )
     return Hint(
         kind="rising",
-        seen=f"The evaluation loss was lowest at step {steps[low]:,.0f} ({values[low]:.4g}) and rose"
-        f" to {values[-1]:.4g}: the adapter learns the training rows by heart.",
+        seen=f"The evaluation loss was lowest at step {steps[low]:,.0f} ({values[low]:.4g}) and"
+        f" rose to {values[-1]:.4g}: the adapter learns the training rows by heart.",
         advice=f"More dropout, fewer epochs, or a lower r.{rest}",
     )
 
@@ -115,8 +115,8 @@ def spikes(train: Points) -> Hint | None:
     worst = max(found, key=lambda i: above[i])
     return Hint(
         kind="spikes",
-        seen=f"The training loss jumped at {len(found)} steps, at step {steps[worst]:,.0f} from about"
-        f" {usual[worst]:.4g} to {values[worst]:.4g}.",
+        seen=f"The training loss jumped at {len(found)} steps, at step {steps[worst]:,.0f} from"
+        f" about {usual[worst]:.4g} to {values[worst]:.4g}.",
         advice="A lower lora_alpha or lr; rows that are unlike the others do it too.",
     )
 

@@ -90,7 +90,8 @@ def section(title: str, *children: Child, lead: Child = None) -> Markup:
 
 def page(title: str, body: Child) -> str:
     """A whole document in both colour schemes."""
-    style = f":root{{{_declared(LIGHT)}}}\n@media (prefers-color-scheme:dark){{:root{{{_declared(DARK)}}}}}"
+    dark = f"@media (prefers-color-scheme:dark){{:root{{{_declared(DARK)}}}}}"
+    style = f":root{{{_declared(LIGHT)}}}\n{dark}"
     head = join(
         (
             tag("meta", charset="utf-8"),

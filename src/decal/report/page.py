@@ -5,13 +5,15 @@ What runs did not leave is left out, with its section; nothing is guessed. Knows
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from decal.report.advice import Advice
 from decal.report.candidate import Candidate, differing
-from decal.report.figures import count, kept_figure, losses_figure, quality_figure, style
+from decal.report.figures import kept_figure, losses_figure, quality_figure, run_figure
 from decal.report.heat import heat_maps, spectra_table
 from decal.report.hints import Hint
 from decal.report.html import Child, Markup, join, page, section, table, tag
@@ -61,7 +63,6 @@ def render(report: Report) -> str:
         _facts(report),
         _advice(report),
         _curves(report),
-        _hints(report),
         _table(report),
         _samples(report),
         _memory(report),
@@ -83,11 +84,21 @@ def _named(report: Report, one: Candidate) -> Markup:
     return join((_dot(report.candidates.index(one)), one.name))
 
 
+def may_be_id(text: str) -> bool:
+    """Whether a text is a word or a hub id, and no path on a disk."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", text) is not None and not text.startswith(".")
+
+
 def _head(report: Report) -> Markup:
     first = report.candidates[0].settings
     same = set(differing(report.candidates))
     names = ("base.path", "quant.format", "adapter.method", "data.path", "objective")
-    shown = [str(first[n]) for n in names if first.get(n) not in (None, "none") and n not in same]
+    # A folder's place on the author's disk is nobody's business.
+    shown = [
+        str(first[n]) if may_be_id(str(first[n])) else PurePath(str(first[n])).name
+        for n in names
+        if first.get(n) not in (None, "none") and n not in same
+    ]
     return tag("header", tag("h1", report.title), tag("p", " · ".join(shown), class_="sub"))
 
 
@@ -104,8 +115,8 @@ def _standing(one: Candidate) -> str:
     of = f" of {one.steps:,}" if one.steps else ""
     if one.status == "unfinished":
         return (
-            f"{one.name} has not ended: it is at step {one.last_step:,}{of}. It is training still, or"
-            " was stopped; decal train --resume goes on."
+            f"{one.name} has not ended: it is at step {one.last_step:,}{of}. It is training still,"
+            " or was stopped; decal train --resume goes on."
         )
     if one.status == "stopped":
         why = f": {one.why}" if one.why else "."
@@ -117,7 +128,7 @@ def _facts(report: Report) -> Markup:
     """The numbers that one looks for first."""
     found: list[tuple[str, str]] = []
     if report.several:
-        scored = [(one.best[1], one.name) for one in report.candidates if one.best]
+        scored = [(one.best[1], one.name) for one in report.candidates if one.best and one.finished]
         done = sum(one.finished for one in report.candidates)
         found.append((f"{done} of {len(report.candidates)}", "candidates ended"))
         if scored:
@@ -140,33 +151,56 @@ def _facts(report: Report) -> Markup:
 
 
 def _advice(report: Report) -> Markup:
+    """The recommendation, beside the figure that it is read from."""
     if not report.several:
         return join(())
-    advice = report.advice
-    noise = None
+    advice, noise, out = report.advice, None, None
     if advice.noise is not None:
-        noise = tag("p", f"Noise: {advice.noise:.2g}, {advice.source}.", class_="note")
-    body = (tag("p", advice.text, class_="say"), advice.more and tag("p", advice.more), noise)
+        noise = (
+            f"Noise: {advice.noise:.2g}, {advice.source}. The green band counts as no worse than"
+        )
+        noise = tag("p", noise + " the best.", class_="note")
+    left = [one.name for one in report.candidates if not one.finished]
+    if left:
+        many = "has not ended and is" if len(left) == 1 else "have not ended and are"
+        out = tag("p", f"{', '.join(left)} {many} left out.", class_="note")
+    figure = quality_figure(report.candidates, advice, theme=PLACEHOLDERS)
+    said = tag(
+        "div",
+        tag("p", advice.text, class_="say"),
+        advice.more and tag("p", advice.more),
+        noise,
+        out,
+    )
+    drawn = figure and _figure(f"{report.title}: best loss by trainable parameters", figure)
+    body = tag("div", said, drawn, class_="figures") if drawn else said
     style = "advice" if advice.names else None
-    return tag("section", tag("h2", "Which one to take"), *body, class_=style)
+    return tag("section", tag("h2", "Which one to take"), body, class_=style)
 
 
 def _curves(report: Report) -> Markup:
+    if not report.several:
+        return _curve(report)
+    titles = {"eval_loss": "evaluation loss by step", "loss": "training loss by step"}
     bold = report.advice.names
-    drawn = [
-        ("Evaluation loss by step", losses_figure(report.candidates, names=bold,
-                                                  theme=PLACEHOLDERS)),
-        ("Training loss by step", losses_figure(report.candidates, "loss", names=bold,
-                                                theme=PLACEHOLDERS)),
-        ("Best evaluation loss by trainable parameters",
-         quality_figure(report.candidates, report.advice, theme=PLACEHOLDERS)),
-    ]  # fmt: skip
-    found = [_figure(f"{report.title}: {label}", figure) for label, figure in drawn if figure]
-    lead = None
-    if report.several and report.advice.names:
-        lead = "Ringed: the recommended candidate. The green band is what counts as no worse than the best."
-    grid = tag("div", *found, class_="figures") if found else None
-    return section("Loss", grid, lead=lead)
+    found = [
+        _figure(f"{report.title}: {label}", figure)
+        for name, label in titles.items()
+        if (figure := losses_figure(report.candidates, name, names=bold, theme=PLACEHOLDERS))
+    ]
+    shown = tag("div", *found, class_="figures") if found else None
+    return join((section("Loss", shown), _hints(report)))
+
+
+def _curve(report: Report) -> Markup:
+    """The curve of a single run, and beside it what it calls for."""
+    figure = run_figure(report.candidates[0], theme=PLACEHOLDERS)
+    if figure is None:
+        return _hints(report)
+    found = report.hints.get(report.candidates[0].name, ())
+    beside = tag("div", tag("h3", "What to try"), _list(report)) if found else None
+    drawn = _figure(f"{report.title}: training and evaluation loss by step", figure)
+    return section("Loss", tag("div", drawn, beside, class_="figures"))
 
 
 def _figure(label: str, figure: Any) -> Markup:
@@ -174,13 +208,19 @@ def _figure(label: str, figure: Any) -> Markup:
 
 
 def _hints(report: Report) -> Markup:
-    rows = []
+    lead = "Rules of thumb, where a curve calls for one."
+    return section("What to try", _list(report), lead=lead)
+
+
+def _list(report: Report) -> Markup | None:
+    """One entry for each piece of advice, under it the candidates that it is for."""
+    entries: dict[str, list[Markup]] = {}
     for one in report.candidates:
         for hint in report.hints.get(one.name, ()):
-            who = join((tag("b", one.name), ": ")) if report.several else None
-            rows.append(tag("li", who, f"{hint.seen} ", tag("b", "Try: "), hint.advice))
-    lead = "Rules of thumb, where a curve calls for one."
-    return section("Hints", tag("ul", *rows, class_="hints") if rows else None, lead=lead)
+            who = join((_named(report, one), ": ")) if report.several else None
+            entries.setdefault(hint.advice, []).append(tag("p", who, hint.seen))
+    rows = [tag("li", tag("b", advice), *seen) for advice, seen in entries.items()]
+    return tag("ul", *rows, class_="hints") if rows else None
 
 
 # --- the table --------------------------------------------------------------------------------
@@ -197,7 +237,7 @@ class _Column:
 def _setting(name: str) -> Callable[[Candidate], str | None]:
     def cell(one: Candidate) -> str | None:
         value = one.settings.get(name)
-        if value is None or one.method == "full" and name.startswith("adapter."):
+        if value is None or (one.method == "full" and name.startswith("adapter.")):
             return None
         shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         shown = f"{value:g}" if isinstance(value, float) else shown
@@ -230,16 +270,16 @@ def duration(seconds: float) -> str:
 COLUMNS = (
     _Column("r", _setting("adapter.r")),
     _Column("lora_alpha", _setting("adapter.lora_alpha")),
-    _Column("target modules", _setting("adapter.target_modules")),
+    _Column("targets", _setting("adapter.target_modules")),
     _Column("trainable parameters", lambda one: f"{one.trainable:,}" if one.trainable else None,
             tile=True),
-    _Column("of the model", _share),
+    _Column("of all parameters", _share),
     _Column("size on disk", lambda one: size(one.nbytes) if one.nbytes else None),
     _Column("peak memory", _number("peak_memory_bytes", lambda v: size(round(v))), tile=True),
     _Column("time", _number("seconds", duration), tile=True),
     _Column("tokens/s", _number("tokens_per_second", lambda v: f"{v:,.0f}"), tile=True),
     _Column("steps", lambda one: f"{one.last_step:,}" if one.last_step else None),
-    _Column("final training loss", _number("loss", lambda v: f"{v:.4g}")),
+    _Column("final train loss", _number("loss", lambda v: f"{v:.4g}")),
     _Column("final eval loss", _number("eval_loss", lambda v: f"{v:.4g}")),
     _Column("best eval loss", lambda one: f"{one.best[1]:.4g}" if one.best else None),
     _Column("eval accuracy", _number("eval_accuracy", percent), tile=True),
@@ -257,7 +297,11 @@ def _table(report: Report) -> Markup:
     cells = {title: row for title, row in cells.items() if any(row)}
     if not report.several:
         rows = [(title, row[0]) for title, row in cells.items()]
-        return section("The run", table(("", ""), [*rows, *_settings(report.candidates[0])]))
+        pairs = (
+            tag("div", tag("dt", title), tag("dd", value))
+            for title, value in (*rows, *_settings(report.candidates[0]))
+        )
+        return section("The run", tag("dl", *pairs))
     marked = [i for i, one in enumerate(report.candidates) if one.name in report.advice.names]
     rows_ = [
         (_named(report, one), *(row[i] or "–" for row in cells.values()))
@@ -370,18 +414,18 @@ def _spectra(report: Report) -> Markup:
         return join(())
     figure = kept_figure(learned, names=report.advice.names, theme=PLACEHOLDERS)
     drawn = _figure(f"{report.title}: energy by rank", figure) if figure else None
-    rows = spectra_table(known) if report.several else None
-    opened = set(report.advice.names) & set(known) or {list(known)[-1]}
-    maps = [
-        heat_maps(name, one, folded=report.several, opened=name in opened)
-        for name, one in known.items()
-    ]
     lead = (
         "Singular values of (alpha/r) B A in each module. Energy is their squares: it says how much"
         " of the change of the weights a rank holds, not how much of the quality."
     )
-    return section("What the adapter learned", rows, drawn and tag("div", drawn, class_="figures"),
-                   *maps, lead=lead)  # fmt: skip
+    title = "What the adapter learned"
+    if not report.several:
+        return section(title, *(heat_maps(n, one, beside=drawn) for n, one in known.items()),
+                       lead=lead)  # fmt: skip
+    opened = set(report.advice.names) & set(known) or {list(known)[-1]}
+    maps = [heat_maps(n, one, folded=True, opened=n in opened) for n, one in known.items()]
+    top = tag("div", drawn, tag("div", spectra_table(known)), class_="figures")
+    return section("What the adapters learned", top, *maps, lead=lead)
 
 
 def _foot(report: Report) -> Markup:
@@ -389,6 +433,3 @@ def _foot(report: Report) -> Markup:
     names = ("decal", "torch", "transformers", "device", "threads")
     facts = [f"{name} {about[name]}" for name in names if about.get(name) is not None]
     return tag("footer", " · ".join([*facts, "drawn by decal report"]))
-
-
-__all__ = ["Report", "Sample", "count", "render", "style"]

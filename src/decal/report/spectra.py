@@ -67,6 +67,11 @@ def kinds(learned: Learned) -> list[Kind]:
     ]
 
 
+def largest(rows: Sequence[Kind]) -> float:
+    """The largest size of all kinds and layers."""
+    return max((v for row in rows for v in row.sizes if v is not None), default=0.0)
+
+
 def _by_layer(
     group: Sequence[Mapping[str, Any]], field: str, columns: Sequence[int | None]
 ) -> list[float | None]:
@@ -88,11 +93,15 @@ def sentence(learned: Learned) -> str:
     if not learned["kept"]:
         return "The adapter changes nothing: every update is zero."
     used, each, most = learned["rank"], learned["rank_everywhere"], _largest(learned)
-    held = f"99 % of the update's energy fits into r={used} everywhere"
-    if each > used:
-        held += f", and into r={each} in each module"
-    unused = "all of its directions are in use" if used >= most else f"it was trained at r={most}"
-    return f"{held}; {unused}."
+    if used >= most:
+        return f"All directions are in use: less than r={most} keeps less than 99 % of the energy."
+    every = (
+        "in every single module too" if each <= used else f"r={each} would in every single module"
+    )
+    return (
+        f"r={used} would keep 99 % of the energy of the whole update, {every}; it was trained at"
+        f" r={most}."
+    )
 
 
 def _largest(learned: Learned) -> int:
@@ -122,9 +131,14 @@ def lines(learned: Learned) -> list[str]:
 
 def _rows(learned: Learned) -> list[str]:
     rows = kinds(learned)
-    shown = percent if relative(learned) else "{:.3g}".format
+    size_top = largest(rows)
     title = "update / weight" if relative(learned) else "norm of the update"
-    size_top = max((v for row in rows for v in row.sizes if v is not None), default=0.0)
+    factor, unit = (100, " %") if relative(learned) else (1, "")
+    digits = decimals(factor * size_top)
+
+    def shown(value: float) -> str:
+        return f"{factor * value:.{digits}f}{unit}"
+
     columns = layers(learned)
     cells = [("", title, "mean", "most", "effective rank", "mean", "90 %", "99 %", "of r")]
     cells += [
@@ -170,6 +184,11 @@ def _pool(values: Sequence[float | None], place: int) -> float | None:
 def _mean(values: Sequence[float | None]) -> float:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else 0.0
+
+
+def decimals(top: float) -> int:
+    """Digits after the point at which values up to `top` can be told apart and stay aligned."""
+    return 1 if top >= 5 else 2 if top >= 0.5 else 3 if top >= 0.05 else 4
 
 
 def percent(share: float) -> str:

@@ -6,7 +6,9 @@ loaded only where samples are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,8 @@ def gather(
         make_samples(found, samples, observe)
     ordered = _ordered(found.candidates)
     several = len(ordered) > 1
-    advice = recommend(scores(ordered)) if several else Advice(text="")
+    tried = [one.r for one in ordered if one.r is not None]
+    advice = recommend(scores(ordered), tried) if several else Advice(text="")
     return (
         Report(
             title=_title(paths, found),
@@ -94,8 +97,15 @@ def write_report(report: Report, out: Path) -> Path:
     """Writes page and pictures; the page last, so that it never names what is not there."""
     with writing(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
-    for name, picture in _pictures(report).items():
-        write_bytes(_beside(out, name), picture)
+    for name, draw in _pictures(report).items():
+        picture = _beside(out, name)
+        # A run draws its own curve when it ends.
+        if (
+            name != "loss.png"
+            or report.several
+            or not (report.candidates[0].finished and picture.exists())
+        ):
+            write_bytes(picture, draw())
     write_text(out, render(report))
     return out
 
@@ -147,26 +157,30 @@ def _title(paths: Sequence[str | Path], found: Found) -> str:
 
 
 def _ordered(found: Sequence[Candidate]) -> list[Candidate]:
-    """By size where it is known, so that colours and rows rise with it; else as given."""
-    return sorted(found, key=lambda one: (one.trainable is None, one.trainable or 0))
+    """By rank where all have one, then by size, so that colours and rows rise with it."""
+    ranked = all(one.r is not None for one in found)
+    return sorted(found, key=lambda one: (one.r if ranked else 0, one.trainable or math.inf))
 
 
-def _pictures(report: Report) -> dict[str, bytes]:
-    """Name -> PNG."""
-    found: dict[str, bytes] = {}
+def _pictures(report: Report) -> dict[str, Callable[[], bytes]]:
+    """Name -> what draws the PNG."""
+    found: dict[str, Callable[[], bytes]] = {}
+    first, bold = report.candidates[0], report.advice.names
     if report.several:
-        bold = report.advice.names
         figures = {
             "loss.png": losses_figure(report.candidates, names=bold)
             or losses_figure(report.candidates, "loss", names=bold),
             "quality.png": quality_figure(report.candidates, report.advice),
         }
-        found |= {name: png(figure) for name, figure in figures.items() if figure}
-    elif report.candidates[0].rows:
-        found["loss.png"] = loss_png(report.candidates[0].rows, report.title)
-    for one in report.candidates:
-        if one.learned and (not report.several or one.name in report.advice.names):
-            found["spectrum.png"] = png(spectrum_figure(one.learned, title=one.name))
+        found |= {name: partial(png, figure) for name, figure in figures.items() if figure}
+    elif first.rows:
+        found["loss.png"] = partial(loss_png, first.rows, report.title)
+    shown = [
+        one for one in report.candidates if one.learned and (not report.several or one.name in bold)
+    ]
+    if shown:
+        figure = spectrum_figure(shown[-1].learned or {}, title=shown[-1].name)
+        found["spectrum.png"] = partial(png, figure)
     return found
 
 

@@ -34,6 +34,7 @@ from decal.verbs.findings import before
 from decal.verbs.inputs import ADAPTER, look, refuse_own_output
 from decal.verbs.load import save_adapter
 from decal.verbs.provenance import run_facts
+from decal.verbs.report import NAME, report
 from decal.verbs.same_base import fingerprint_of
 from decal.verbs.session import Say, Session, begin
 from decal.version import __version__
@@ -123,6 +124,7 @@ def train(
         with session.training(), _reporting(config, run, observe) as report:
             result = run_loop(_job(session, run, report, resume))
         weights, scores = _finish(session, run, result)
+        _write_report(run, observe)
     trainable, total = trainable_parameters(session.model)
     return RunResult(
         run=run.path,
@@ -142,8 +144,24 @@ def _finish(session: Session, run: RunFolder, result: Result) -> tuple[Path, dic
     write_bytes(run.path / "loss.png", loss_png(run.metrics(), run.path.name))
     session.eval_batches = fitting(session.eval_batches, result.micro_batch_tokens)
     scores = session.scores()
-    run.write_info({**run.info(), "result": {**_result_info(result), **scores}})
+    facts = {**_result_info(result), **_sizes(session, weights), **scores}
+    run.write_info({**run.info(), "result": facts})
     return weights, scores
+
+
+def _sizes(session: Session, weights: Path) -> dict[str, int]:
+    trainable, total = trainable_parameters(session.model)
+    nbytes = sum(file.stat().st_size for file in weights.rglob("*") if file.is_file())
+    return {"trainable_params": trainable, "total_params": total, "adapter_bytes": nbytes}
+
+
+def _write_report(run: RunFolder, observe: Callable[[Event], None]) -> None:
+    """The run's page. The run is whole without it, so nothing that goes wrong here ends it."""
+    try:
+        report(run.path)
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        observe(Note(text=f"the run is whole, but {NAME} could not be written: {reason}"))
 
 
 def _prepare(

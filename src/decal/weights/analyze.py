@@ -138,7 +138,8 @@ def kept_by(found: Sequence[ModuleSpectrum]) -> list[float]:
         math.fsum(s.values[i] ** 2 for s in found if i < len(s.values)) for i in range(longest)
     ]
     whole = math.fsum(columns)
-    return [min(1.0, part / whole) for part in accumulate(columns)] if whole else []
+    # The last sum is the whole, whatever rounding made of it.
+    return [*(part / whole for part in list(accumulate(columns))[:-1]), 1.0] if whole else []
 
 
 def smallest_rank(found: Sequence[ModuleSpectrum], share: float) -> int:
