@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,18 @@ FLAGS = (
 )
 
 
+_PLACE = """
+import os, sys
+reads, writes = (os.dup(int(fd)) for fd in sys.argv[1:3])
+while min(reads, writes) < 5:
+    reads, writes = os.dup(reads), os.dup(writes)
+os.dup2(reads, 3)
+os.dup2(writes, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""Puts the pipes where the browser looks for them; Popen's own pipe may lie there before."""
+
+
 def chromium() -> str | None:
     """The browser's path; None where none is installed."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
@@ -47,17 +60,10 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         (reads, self._out), (self._in, writes) = os.pipe(), os.pipe()
 
-        def place() -> None:
-            # Through numbers that are neither, so that one does not close the other.
-            high = os.dup(reads), os.dup(writes)
-            for fd, wanted in zip(high, (3, 4), strict=True):
-                os.dup2(fd, wanted)
-
         command = [path, *FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
         self._process = subprocess.Popen(
-            command,
-            preexec_fn=place,
-            close_fds=False,
+            [sys.executable, "-c", _PLACE, str(reads), str(writes), *command],
+            pass_fds=(reads, writes),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -113,9 +119,12 @@ class Browser:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def picture(self) -> bytes:
-        """The whole page as PNG, beyond the view's height too."""
-        shot = self._call("Page.captureScreenshot", format="png", captureBeyondViewport=True)
+    def picture(self, width: int, height: int) -> bytes:
+        """The page's upper left part as PNG, beyond the view too."""
+        clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
+        shot = self._call(
+            "Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip
+        )
         return base64.b64decode(shot["data"])
 
     def _call(self, method: str, **params: Any) -> Any:

@@ -155,7 +155,9 @@ def _noise(groups: Sequence[_Group], best: float) -> tuple[float, str]:
     if seeds:
         widest = max(seeds, key=lambda group: group.spread)
         return widest.spread, f"the largest difference between seeds of one setting ({widest.name})"
-    return THRESHOLD * abs(best), f"{THRESHOLD:.0%} of the best loss: no setting ran with two seeds"
+    return THRESHOLD * abs(
+        best
+    ), f"{100 * THRESHOLD:g} % of the best loss: no setting ran with two seeds"
 
 
 def _reason(groups: Sequence[_Group], chosen: _Group, best: _Group, noise: float) -> str:

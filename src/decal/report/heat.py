@@ -42,12 +42,13 @@ def spectra_table(learned: Mapping[str, Learned]) -> Markup:
                 f"{sum(ranks) / max(len(ranks), 1):.1f}",
                 percent(sum(sizes) / len(sizes)) if relative(one) else "–",
                 str(max((module["directions"][0] for module in modules), default=0)),
-                str(one["rank"]),
                 str(one["rank_everywhere"]),
+                str(one["rank"]),
             )
         )
-    header = ("", "r", "effective rank", "update / weight", "90 % in every module",
-              "r for 99 %", "99 % in every module")  # fmt: skip
+    # Non-breaking: a number is not parted from its sign.
+    header = ("", "r", "effective rank", "update / weight", "90\u00a0% in", "99\u00a0% in",
+              "one r for 99\u00a0%")  # fmt: skip
     return table(header, rows)
 
 

@@ -395,7 +395,7 @@ def _bytes(one: Candidate) -> float | None:
 
 
 def _bar(share: float, label: str, kind: str | None) -> Markup:
-    width = tag("i", class_=kind, style=f"width:calc((100% - 8.5em)*{share:.4f})")
+    width = tag("i", class_=kind, style=f"width:calc((100% - 10em)*{share:.4f})")
     return tag("div", width, tag("span", label), class_="bar")
 
 

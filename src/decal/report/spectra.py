@@ -95,13 +95,8 @@ def sentence(learned: Learned) -> str:
     used, each, most = learned["rank"], learned["rank_everywhere"], _largest(learned)
     if used >= most:
         return f"All directions are in use: less than r={most} keeps less than 99 % of the energy."
-    every = (
-        "in every single module too" if each <= used else f"r={each} would in every single module"
-    )
-    return (
-        f"r={used} would keep 99 % of the energy of the whole update, {every}; it was trained at"
-        f" r={most}."
-    )
+    every = "in every module too" if each <= used else f"r={each} in every module"
+    return f"r={used} would keep 99 % of the update's energy in all, {every}; it has r={most}."
 
 
 def _largest(learned: Learned) -> int:

@@ -42,7 +42,8 @@ section{background:var(--card);border:1px solid var(--grid);border-radius:12px;
 padding:18px 20px 20px;margin:0 0 16px}
 .facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(132px,1fr));gap:10px;
 margin:0 0 16px}
-.fact{background:var(--card);border:1px solid var(--grid);border-radius:12px;padding:12px 14px}
+.fact{min-width:0;overflow-wrap:anywhere;background:var(--card);
+border:1px solid var(--grid);border-radius:12px;padding:12px 14px}
 .fact b{display:block;font-size:1.3rem;line-height:1.25;font-weight:650;letter-spacing:-.01em;
 font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .fact span{color:var(--muted);font-size:.82rem;display:block}
@@ -70,7 +71,8 @@ th:last-child,td:last-child{padding-right:4px}
 thead th{color:var(--muted);font-size:.82rem;vertical-align:bottom;white-space:normal;
 line-height:1.25}
 tbody tr:last-child>*{border-bottom:0}
-tbody th{font-weight:600;position:sticky;left:0;background:var(--card);padding-right:16px}
+tbody th{font-weight:600;position:sticky;left:0;background:var(--card);padding-right:16px;
+max-width:min(42vw,260px);overflow:hidden;text-overflow:ellipsis}
 .n{text-align:right}
 .m{text-align:center}
 .marked>*{background:var(--mark-soft)!important}
@@ -88,7 +90,7 @@ margin:0 0 8px;border-radius:0 8px 8px 0;overflow-wrap:anywhere}
 pre{font:inherit;white-space:pre-wrap;overflow-wrap:anywhere;margin:0}
 .prompt{background:var(--soft);border-radius:8px;padding:9px 12px;margin:0 0 10px;font-size:.9rem;
 max-height:14em;overflow-y:auto}
-.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,150px),1fr));
+.answers{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,118px),1fr));
 gap:10px 14px}
 .answer{min-width:0;font-size:.92rem}
 .answer>span{display:block;color:var(--muted);font-size:.8rem;overflow-wrap:anywhere}
@@ -104,7 +106,7 @@ font-size:.76rem;border-radius:3px;overflow:hidden;background:var(--soft)}
 .heat td.c i{position:absolute;inset:0;background:var(--c0);z-index:0}
 .heat td.c span{position:relative;z-index:1}
 .heat td.n{padding-left:12px}
-.bars{display:grid;grid-template-columns:minmax(4.5em,auto) 1fr;gap:6px 12px;font-size:.88rem;
+.bars{display:grid;grid-template-columns:fit-content(38%) minmax(0,1fr);gap:6px 12px;font-size:.88rem;
 align-items:center;max-width:760px}
 .bars .name{overflow-wrap:anywhere;color:var(--muted)}
 .bar{display:flex;align-items:center;gap:8px;min-width:0}

@@ -174,17 +174,17 @@ def _outputs(
     first = found.folders[members[0]]
     if not (first / "adapter").is_dir():
         return _full(first, members[0], config, prompts)
-    # compare has its own name for the base, so candidates get names that cannot be it.
-    paths = {f"{i}": str(found.folders[name]) for i, name in enumerate(members)}
+    # compare has its own name for the base, and rules for names: candidates get plain ones there.
+    names = {f"c{i}": name for i, name in enumerate(members)}
     results = compare(
-        None, paths, prompts=prompts, max_new_tokens=_LONGEST,
-        observe=observe and (lambda name, done, total: observe(
-            members[int(name)] if name.isdigit() else name, done, total)),
-    )["results"]  # fmt: skip
-    return {
-        members[int(name)] if name.isdigit() else name: values["outputs"]
-        for name, values in results.items()
-    }
+        None,
+        {alias: str(found.folders[name]) for alias, name in names.items()},
+        prompts=prompts,
+        max_new_tokens=_LONGEST,
+        observe=observe
+        and (lambda alias, done, total: observe(names.get(alias, alias), done, total)),
+    )["results"]
+    return {names.get(alias, alias): values["outputs"] for alias, values in results.items()}
 
 
 def _full(
