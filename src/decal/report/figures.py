@@ -122,8 +122,8 @@ def _dress(axes: Axes, theme: Theme, x: str, title: str) -> None:
     axes.spines["bottom"].set_color(theme.grid)
     axes.tick_params(colors=theme.muted, labelsize=FONT, length=0, which="both")
     axes.set_xlabel(x, color=theme.muted, fontsize=FONT)
-    figure = axes.get_figure()
-    assert figure is not None
+    figure = axes.figure
+    assert isinstance(figure, Figure)
     place = (1.5 / (72 * figure.get_figwidth()), 1 - 3 / (72 * figure.get_figheight()))
     figure.text(*place, title, va="top", color=theme.ink, fontsize=FONT + 1, fontweight="bold")
 
@@ -223,7 +223,7 @@ def losses_figure(
     figure, axes = _begin(theme, right=_room([one.name for _, one, _ in curves]))
     dots = name == "eval_loss"
     for place, _, (steps, values) in curves:
-        marker = {"marker": "o", "markersize": 3.2} if dots or len(steps) == 1 else {}
+        marker: dict[str, Any] = {"marker": "o", "markersize": 3.2} if dots or len(steps) == 1 else {}
         axes.plot(steps, values, linewidth=1.6, **style(theme, place), **marker)
     log = _vertical(axes, [v for _, _, (_, values) in curves for v in values])
     end = max(max(steps) for _, _, (steps, _) in curves)
@@ -347,7 +347,7 @@ def count(number: float) -> str:
 
 
 def kept_figure(
-    learned: Mapping[str, Learned],
+    learned: Mapping[str, Learned | None],
     *,
     names: Sequence[str] = (),
     theme: Theme = LIGHT,

@@ -106,8 +106,8 @@ font-size:.76rem;border-radius:3px;overflow:hidden;background:var(--soft)}
 .heat td.c i{position:absolute;inset:0;background:var(--c0);z-index:0}
 .heat td.c span{position:relative;z-index:1}
 .heat td.n{padding-left:12px}
-.bars{display:grid;grid-template-columns:fit-content(38%) minmax(0,1fr);gap:6px 12px;font-size:.88rem;
-align-items:center;max-width:760px}
+.bars{display:grid;grid-template-columns:fit-content(38%) minmax(0,1fr);gap:6px 12px;
+font-size:.88rem;align-items:center;max-width:760px}
 .bars .name{overflow-wrap:anywhere;color:var(--muted)}
 .bar{display:flex;align-items:center;gap:8px;min-width:0}
 .bar i{display:block;height:14px;border-radius:3px;background:var(--c5);flex:none}

@@ -114,11 +114,10 @@ def _swept(folder: Path) -> list[_Entry]:
 
 
 def _swept_entry(folder: Path, entry: Any) -> _Entry:
-    name = entry.get("name") if isinstance(entry, dict) else None
-    status = entry.get("status") if isinstance(entry, dict) else None
-    why = entry.get("why") if isinstance(entry, dict) else None
+    known = entry if isinstance(entry, dict) else {}
+    name, status, why = (known.get(key) for key in ("name", "status", "why"))
     inside = isinstance(name, str) and may_be_path(name) and Path(name).name == name
-    if not inside or name in (".", "..") or status not in _STATES:
+    if not isinstance(name, str) or not inside or status not in _STATES:
         raise OutputError(f"`{folder / SWEEP}` holds a candidate that is none: {entry!r:.200}")
     return _Entry(name, folder / name, status, why if isinstance(why, str) else None)
 

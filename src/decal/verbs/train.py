@@ -123,8 +123,7 @@ def train(
         _write_info(session, run, config.output)
         with session.training(), _reporting(config, run, observe) as report:
             result = run_loop(_job(session, run, report, resume))
-        weights, scores = _finish(session, run, result)
-        _write_report(run, observe)
+        weights, scores = _finish(session, run, result, observe)
     trainable, total = trainable_parameters(session.model)
     return RunResult(
         run=run.path,
@@ -137,8 +136,11 @@ def train(
     )
 
 
-def _finish(session: Session, run: RunFolder, result: Result) -> tuple[Path, dict[str, float]]:
-    """Leaves weights, curve and result in the run folder; where the weights are, and scores."""
+def _finish(
+    session: Session, run: RunFolder, result: Result, observe: Callable[[Event], None]
+) -> tuple[Path, dict[str, float]]:
+    """Leaves weights, curve, result and report in the run folder; gives the weights' place, and
+    scores."""
     session.model.eval()
     weights = _save(session, run, result)
     write_bytes(run.path / "loss.png", loss_png(run.metrics(), run.path.name))
@@ -146,6 +148,7 @@ def _finish(session: Session, run: RunFolder, result: Result) -> tuple[Path, dic
     scores = session.scores()
     facts = {**_result_info(result), **_sizes(session, weights), **scores}
     run.write_info({**run.info(), "result": facts})
+    _write_report(run, observe)
     return weights, scores
 
 
