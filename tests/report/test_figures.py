@@ -18,11 +18,11 @@ from decal.report.figures import (
     kept_figure,
     losses_figure,
     plain,
-    png,
     quality_figure,
     run_figure,
     spectrum_figure,
 )
+from decal.report.plots import as_png
 from decal.report.style import DARK
 from decal.report.svg import PLACEHOLDERS, inline
 from tests.report.made_up import HOSTILE, candidate, learned
@@ -96,7 +96,7 @@ def test_the_recommended_candidate_is_ringed() -> None:
     assert figure is not None
     rings = [line for line in figure.axes[0].lines if line.get_markersize() == 13]
     assert [list(ring.get_xdata()) for ring in rings] == [[20_000 * 256]]
-    assert share_of(png(figure), LIGHT.mark) > 1e-4
+    assert share_of(as_png(figure), LIGHT.mark) > 1e-4
     assert quality_figure(candidates[:1], advice) is None
 
 

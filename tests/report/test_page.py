@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from decal.markup import Markup, join, tag
 from decal.report.advice import Advice
 from decal.report.candidate import Candidate
-from decal.report.html import MARK, Markup, join, page, section, table, tag
+from decal.report.html import MARK, page, section, table
 from decal.report.page import Report, duration, render
 from tests.report.made_up import HOSTILE, candidate, learned, report, sample, wide
 

@@ -201,6 +201,7 @@ def test_damaged_files_are_errors(finished: RunResult, tmp_path: Path) -> None:
         "[]": "holds no JSON object",
         '{"candidates": []}': "lists no candidates",
         '{"candidates": [{"name": "../x", "status": "done"}]}': "candidate that is none",
+        '{"candidates": [{"name": "..", "status": "done"}]}': "candidate that is none",
         '{"candidates": [{"name": "x", "status": "lost"}]}': "candidate that is none",
     }.items():
         (folder / "sweep.json").write_text(text)

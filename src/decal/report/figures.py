@@ -9,7 +9,6 @@ As in plots.py there is no pyplot and no display.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from decal.report.advice import Advice
 from decal.report.candidate import Candidate
-from decal.report.plots import Points, smoothed
+from decal.report.plots import Drawn, Points, smoothed
 from decal.report.spectra import Learned, kinds, layers, relative
 
 SIZE = (4.4, 3.0)
@@ -86,13 +85,6 @@ def style(theme: Theme, place: int) -> dict[str, Any]:
     }
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as PNG."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=DPI)
-    return out.getvalue()
-
-
 def _begin(
     theme: Theme, size: tuple[float, float] = SIZE, *, left: float = LEFT, right: float = 12.0
 ) -> tuple[Figure, Axes]:
@@ -101,7 +93,7 @@ def _begin(
     Rejected: constrained layout, which takes as long as all the rest, and by which the axes of two
     figures below each other begin at different places.
     """
-    figure = Figure(figsize=size, dpi=DPI, facecolor=theme.card)
+    figure = Drawn(figsize=size, dpi=DPI, facecolor=theme.card)
     FigureCanvasAgg(figure)
     wide, tall = (72 * length for length in size)
     box = (left / wide, BOTTOM / tall, (wide - left - right) / wide, (tall - TOP - BOTTOM) / tall)
@@ -223,7 +215,9 @@ def losses_figure(
     figure, axes = _begin(theme, right=_room([one.name for _, one, _ in curves]))
     dots = name == "eval_loss"
     for place, _, (steps, values) in curves:
-        marker: dict[str, Any] = {"marker": "o", "markersize": 3.2} if dots or len(steps) == 1 else {}
+        marker: dict[str, Any] = (
+            {"marker": "o", "markersize": 3.2} if dots or len(steps) == 1 else {}
+        )
         axes.plot(steps, values, linewidth=1.6, **style(theme, place), **marker)
     log = _vertical(axes, [v for _, _, (_, values) in curves for v in values])
     end = max(max(steps) for _, _, (steps, _) in curves)

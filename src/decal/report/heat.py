@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from decal.report.html import Child, Markup, table, tag
+from decal.markup import Child, Markup, tag
+from decal.report.html import table
 from decal.report.spectra import (
     Kind,
     Learned,

@@ -1,19 +1,14 @@
-"""Pages of HTML: elements whose texts are escaped unless they say that they are markup.
-
-`tag` escapes every child and every attribute that is not `Markup`, so a prompt, an answer or a name
-from a file cannot become an element, and forgetting to escape is not possible. That is why there is
-no template engine: Jinja2 is installed with torch, but as somebody else's dependency, it escapes
-when it is told to, and a page of tables and figures has little text around its holes.
+"""The report's document: its head, its sections, tables that scroll in their boxes.
 
 The page loads nothing and runs nothing; its own policy (Content-Security-Policy) forbids both, for
-the case that all else fails.
+the case that all else fails. What escapes its texts is `decal.markup`.
 """
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+from decal.markup import Child, Markup, join, tag
 from decal.report.figures import LIGHT, Theme
 from decal.report.style import CSS, DARK
 from decal.report.svg import variables
@@ -21,40 +16,6 @@ from decal.report.svg import variables
 MARK = '<meta name="generator" content="decal report">'
 """By which a file is known as a report that may be replaced."""
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_VOID = {"br", "meta", "hr"}
-
-
-class Markup(str):
-    """HTML that stands as it is; any other text is escaped."""
-
-    __slots__ = ()
-
-
-Child = str | Markup | int | None
-
-
-def text(value: object) -> Markup:
-    """Escaped; control characters become visible, because they may reorder or hide a line."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in str(value))
-    return Markup(html.escape(shown, quote=True))
-
-
-def tag(element: str, /, *children: Child, **attributes: str | None) -> Markup:
-    """One element; `class_` is `class`, `_` in other names is `-`, None leaves it out."""
-    given = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{text(value)}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
-    if element in _VOID:
-        return Markup(f"<{element}{given}>")
-    return Markup(f"<{element}{given}>{join(children)}</{element}>")
-
-
-def join(children: Iterable[Child]) -> Markup:
-    """Children one after the other."""
-    known = [child for child in children if child is not None]
-    return Markup("".join(c if isinstance(c, Markup) else text(c) for c in known))
 
 
 def table(header: Sequence[Child], rows: Sequence[Sequence[Child]], *, marked: Sequence[int] = (),

@@ -11,12 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from decal.markup import Child, Markup, join, tag
 from decal.report.advice import Advice
 from decal.report.candidate import Candidate, differing
 from decal.report.figures import kept_figure, losses_figure, quality_figure, run_figure
 from decal.report.heat import heat_maps, spectra_table
 from decal.report.hints import Hint
-from decal.report.html import Child, Markup, join, page, section, table, tag
+from decal.report.html import page, section, table
 from decal.report.spectra import percent
 from decal.report.svg import PLACEHOLDERS, inline
 from decal.report.tables import size

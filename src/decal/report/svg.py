@@ -15,6 +15,7 @@ import re
 import matplotlib
 from matplotlib.figure import Figure
 
+from decal.markup import text as text_of
 from decal.report.figures import LIGHT, Theme
 
 _ROLES = {"ink": "#010101", "muted": "#010102", "grid": "#010103", "card": "#010104",
@@ -51,14 +52,7 @@ def inline(figure: Figure, label: str) -> str:
         text = text.replace(colour, variable)
     size = re.search(r'viewBox="[^"]*"', text)
     assert size is not None
-    named = html_attribute(label)
+    named = text_of(label)
     head = f'<svg {size[0]} role="img" aria-label="{named}" xmlns:xlink="http://www.w3.org/1999/xlink">'
     body = text[text.index(">") + 1 :]
     return head + re.sub(r"\n\s*", "\n", body)
-
-
-def html_attribute(text: str) -> str:
-    """A text inside double quotes."""
-    for char, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ('"', "&quot;")):
-        text = text.replace(char, entity)
-    return text

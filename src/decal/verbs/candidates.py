@@ -117,7 +117,7 @@ def _swept_entry(folder: Path, entry: Any) -> _Entry:
     known = entry if isinstance(entry, dict) else {}
     name, status, why = (known.get(key) for key in ("name", "status", "why"))
     inside = isinstance(name, str) and may_be_path(name) and Path(name).name == name
-    if not isinstance(name, str) or not inside or status not in _STATES:
+    if not isinstance(name, str) or not inside or name == ".." or status not in _STATES:
         raise OutputError(f"`{folder / SWEEP}` holds a candidate that is none: {entry!r:.200}")
     return _Entry(name, folder / name, status, why if isinstance(why, str) else None)
 

@@ -15,11 +15,11 @@ from typing import Any
 from decal.errors import OutputError
 from decal.report.advice import Advice, recommend, scores, shown
 from decal.report.candidate import Candidate
-from decal.report.figures import losses_figure, png, quality_figure, spectrum_figure
+from decal.report.figures import losses_figure, quality_figure, spectrum_figure
 from decal.report.hints import hints
 from decal.report.html import MARK
 from decal.report.page import Report, render
-from decal.report.plots import loss_png
+from decal.report.plots import as_png, loss_png
 from decal.store.files import write_bytes, write_text, writing
 from decal.verbs.candidates import Found, candidates
 from decal.verbs.compare import Observe
@@ -172,7 +172,7 @@ def _pictures(report: Report) -> dict[str, Callable[[], bytes]]:
             or losses_figure(report.candidates, "loss", names=bold),
             "quality.png": quality_figure(report.candidates, report.advice),
         }
-        found |= {name: partial(png, figure) for name, figure in figures.items() if figure}
+        found |= {name: partial(as_png, figure) for name, figure in figures.items() if figure}
     elif first.rows:
         found["loss.png"] = partial(loss_png, first.rows, report.title)
     shown = [
@@ -180,7 +180,7 @@ def _pictures(report: Report) -> dict[str, Callable[[], bytes]]:
     ]
     if shown:
         figure = spectrum_figure(shown[-1].learned or {}, title=shown[-1].name)
-        found["spectrum.png"] = partial(png, figure)
+        found["spectrum.png"] = partial(as_png, figure)
     return found
 
 

@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 import transformers
+from matplotlib.figure import Figure
 
 from decal.config import FullConfig, RunConfig
 from decal.data.pack import split
 from decal.errors import ConfigError
+from decal.markup import facts
 from decal.model import hf
 from decal.model.heap import give_back_freed
 from decal.model.inject import trainable_parameters
-from decal.report import trackers
-from decal.report.plots import loss_png
+from decal.report import live, trackers
+from decal.report.figures import spectrum_figure
+from decal.report.plots import loss_figure, loss_png
 from decal.runfile import dump_run, parse_run
 from decal.store.files import atomic_folder, write_bytes
 from decal.store.run import RunFolder
@@ -37,6 +40,7 @@ from decal.verbs.provenance import run_facts
 from decal.verbs.report import NAME, report
 from decal.verbs.same_base import fingerprint_of
 from decal.verbs.session import Say, Session, begin
+from decal.verbs.spectrum import spectrum
 from decal.version import __version__
 
 MAY_CHANGE = ("output", "train.micro_batch_tokens", "train.gradient_checkpointing")
@@ -73,6 +77,28 @@ class RunResult:
             **self.scores,
         }
 
+    def plot(self) -> Figure:
+        """The loss curve as a matplotlib figure."""
+        return loss_figure(RunFolder.look(self.run).metrics(), self.run.name)
+
+    def spectrum(self) -> Figure:
+        """The size of what the adapter learned, by layer and module, as a matplotlib figure.
+
+        Raises AdapterError for a full fine-tuning, which has no adapter.
+        """
+        return spectrum_figure(spectrum(self.run), title=self.run.name)
+
+    def _repr_html_(self) -> str:
+        """The run in a notebook: its numbers, and where its report lies."""
+        report = {"report": str(self.run / NAME)} if (self.run / NAME).exists() else {}
+        return facts({name: _shown(value) for name, value in {**self.summary(), **report}.items()})
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:,.6g}" if isinstance(value, float) else str(value)
+
 
 def train(
     config: RunConfig,
@@ -96,7 +122,7 @@ def train(
             at all: problems are errors, warnings are told to `observe`.
         allow_other_base: warn where an adapter to go on with (adapter.from) was trained on another
             base, instead of refusing.
-        observe: called with every event of the loop.
+        observe: called with every event of the loop; without it a notebook shows the progress.
         say: called with lines about what was found and done.
 
     Raises:
@@ -107,7 +133,7 @@ def train(
     """
     set_workspace()
     say = say or (lambda line: None)
-    observe = _tidy(observe or (lambda event: None))
+    observe = _tidy(observe or _nearby())
     refuse_own_output(config)
     ready = partial(_prepare, config, check, allow_other_base, observe, say)
     if dry_run:
@@ -146,8 +172,8 @@ def _finish(
     write_bytes(run.path / "loss.png", loss_png(run.metrics(), run.path.name))
     session.eval_batches = fitting(session.eval_batches, result.micro_batch_tokens)
     scores = session.scores()
-    facts = {**_result_info(result), **_sizes(session, weights), **scores}
-    run.write_info({**run.info(), "result": facts})
+    found = {**_result_info(result), **_sizes(session, weights), **scores}
+    run.write_info({**run.info(), "result": found})
     _write_report(run, observe)
     return weights, scores
 
@@ -183,6 +209,12 @@ def _prepare(
         elif finding.level == "warning":
             observe(Note(text=finding.line()))
     return begin(found, say)
+
+
+def _nearby() -> Callable[[Event], None]:
+    """Who looks on where nobody was named: the notebook, if this runs in one."""
+    send = live.notebook()
+    return live.Live(send).observe if send is not None else lambda event: None
 
 
 def _tidy(observe: Callable[[Event], None]) -> Callable[[Event], None]:
