@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -92,6 +94,23 @@ def test_still_falling() -> None:
     assert kinds(early) == ["falling"]
     assert "1.4 at step 80, 1.1 at step 120" in hints(early)[0].seen
     assert kinds(Candidate(name="a", rows=early.rows, status="unfinished")) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("too low a learning rate", ["flat"]),
+        ("r=16", ["falling"]),
+        ("r=16, a high learning rate", []),
+    ],
+)
+def test_real_runs(name: str, wanted: list[str]) -> None:
+    """Sixty steps on the embedded task, as metrics.jsonl had them.
+
+    Mutation: thresholds for smooth curves only, or a fall of 8 from 10 that is called flat.
+    """
+    curves = json.loads(Path(__file__).with_name("real_curves.json").read_text(encoding="utf-8"))
+    assert kinds(Candidate(name=name, rows=curves[name], result={"steps": 60})) == wanted
 
 
 def test_skipped_updates() -> None:

@@ -239,3 +239,14 @@ def test_names_from_files_do_not_act(finished: RunResult, tmp_path: Path) -> Non
     page = report(run).read_text(encoding="utf-8")
     assert "<img" not in page
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
+
+
+def test_a_result_shows_itself_in_a_notebook(finished: RunResult) -> None:
+    """In short, and with figures. Mutation: the dataclass's own text, with model and tokens."""
+    assert len(repr(finished)) < 2000
+    assert repr(finished).startswith("RunResult(run=")
+    shown = finished._repr_html_()
+    assert "report.html" in shown
+    assert f"{finished.trainable_params:,}" in shown
+    for figure in (finished.plot(), finished.spectrum()):
+        assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]

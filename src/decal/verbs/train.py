@@ -49,7 +49,7 @@ TIDY_EVERY = 32
 """Steps between two looks at the heap; one takes a few milliseconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RunResult:
     """A finished run."""
 
@@ -87,6 +87,10 @@ class RunResult:
         Raises AdapterError for a full fine-tuning, which has no adapter.
         """
         return spectrum_figure(spectrum(self.run), title=self.run.name)
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{name}={value!r}" for name, value in self.summary().items())
+        return f"RunResult({facts})"
 
     def _repr_html_(self) -> str:
         """The run in a notebook: its numbers, and where its report lies."""
