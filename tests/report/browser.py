@@ -1,8 +1,9 @@
 """A headless Chromium, spoken to over its debugging pipe: no driver, no package, no network.
 
 `--remote-debugging-pipe` reads JSON messages that end in NUL from file descriptor 3 and writes its
-own to 4 (the Chrome DevTools Protocol). A window cannot be narrower than about 500 pixels, and a
-colour scheme is the desktop's; the protocol sets both truly, as the page sees them.
+own to 4 (the Chrome DevTools Protocol). A window is never narrower than 500 pixels, whatever
+`--window-size` says; the protocol sets width and colour scheme as the page sees them, in one
+browser for all views.
 """
 
 from __future__ import annotations
