@@ -28,7 +28,7 @@ MIN_DUPLICATE = 10
 
 LEVELS = (
     {"errors", "version"},
-    {"problems", "untrusted"},
+    {"problems", "untrusted", "markup"},
     {"config"},
     {"runfile", "kernels"},
     {"quant"},

@@ -26,6 +26,7 @@ COMMANDS = [
     "generate",
     "compare",
     "inspect",
+    "report",
     "diff",
     "merge",
     "verify",

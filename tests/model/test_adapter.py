@@ -88,7 +88,7 @@ def test_repr_says_what_matters() -> None:
     )
     assert repr(adapter) == text
     html = adapter._repr_html_()
-    assert "<td>org/&lt;base&gt;</td>" in html
+    assert ">org/&lt;base&gt;</td>" in html
     assert html.count("<tr>") == 7
 
 

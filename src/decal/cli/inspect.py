@@ -7,24 +7,49 @@ from typing import Annotated, Any
 import typer
 
 from decal.cli import console
+from decal.errors import DecalError
 
 
 def inspect(
     path: Annotated[str, typer.Argument(help="Folder or hub id, owner/name[@revision].")],
+    spectrum: Annotated[
+        bool, typer.Option("--spectrum", help="What the adapter learned: its singular values.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(help="For --spectrum the base, if it is not where the adapter says."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON for programs.")] = False,
 ) -> None:
     """\b
     decal inspect runs/tickets/adapter
+    decal inspect runs/tickets --spectrum
 
-    Shows what an adapter, model or run folder holds, without loading a model.
+    Shows what an adapter, model or run folder holds, without loading a model. With --spectrum:
+    how large each module's update is beside the base, and how many directions it uses.
     """
+    if base is not None and not spectrum:
+        raise DecalError("--base is for --spectrum", hint="add --spectrum, or leave --base out")
     from decal.verbs.inspect import inspect as inspect_path
 
     found = inspect_path(path)
+    learned = _spectrum(path, base) if spectrum else None
     if as_json:
-        console.show_json(found)
-    else:
+        console.show_json(found if learned is None else {**found, "spectrum": learned})
+    elif learned is None:
         console.facts(_readable(found))
+    else:
+        from decal.report.spectra import lines
+
+        console.write("\n".join(lines(learned)))
+
+
+def _spectrum(path: str, base: str | None) -> dict[str, Any]:
+    from decal.cli.waiting import Waiting
+    from decal.verbs.spectrum import spectrum
+
+    with Waiting(console.log()) as progress:
+        return spectrum(path, base=base, observe=progress.observe)
 
 
 def _readable(found: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def quickstart(
         return
     console.write(
         f"""
-run       {found["run"]}  (settings, metrics, loss.png)
+run       {found["run"]}  (report.html, settings, metrics)
 adapter   {found["adapter"]}  (a PEFT adapter)
 merged    {found["merged"]}  (a plain transformers model)
 

@@ -7,7 +7,6 @@ it meets one, in `attach`.
 from __future__ import annotations
 
 import hashlib
-import html
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os.path import expanduser
@@ -20,6 +19,7 @@ from decal.adapters import BaseLayer
 from decal.adapters.views import Conv1DView
 from decal.config import LoraConfig
 from decal.errors import AdapterError
+from decal.markup import facts
 from decal.model.hub import adapter_folder, may_be_on_hub
 from decal.model.state import adapted_layers, adapter_state, adapters_of, full_state
 from decal.store.peft import LoraTensors, PeftAdapter, read_adapter, write_adapter
@@ -172,11 +172,7 @@ class Adapter:
         return f"Adapter({', '.join(f'{name}={value}' for name, value in self._facts())})"
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{name}</th><td>{html.escape(value)}</td></tr>"
-            for name, value in self._facts()
-        )
-        return f"<table>{rows}</table>"
+        return facts(self._facts())
 
 
 def _folder(path: str | Path, revision: str | None) -> Path:

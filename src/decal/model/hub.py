@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, constants, errors, snapshot_download
 from huggingface_hub.utils import tqdm
 
 from decal.errors import AdapterError, BaseModelError, DecalError, nearest
+from decal.untrusted import may_be_path
 
 CONFIG_FILES = (
     "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py",
@@ -84,6 +85,22 @@ def model_folder(path: str, revision: str | None = None, *, weights: bool = True
             hint="load it with transformers, save it with save_pretrained, and name that folder",
         )
     return folder
+
+
+def folder_at_hand(path: str, revision: str | None = None) -> Path | None:
+    """The folder of a model whose files lie on this disk, a hub id's in the cache; else None.
+
+    Asks no network and downloads nothing.
+    """
+    folder = Path(expanduser(path)) if may_be_path(path) else None
+    if folder is not None and folder.is_dir():
+        return folder
+    if not may_be_on_hub(path):
+        return None
+    try:
+        return Path(snapshot_download(path, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None
 
 
 def adapter_folder(path: str, revision: str | None = None) -> Path | None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from decal.config import LoraConfig, fits
 from decal.errors import TargetError, nearest
+from decal.markup import grid, join, tag
 
 ALL_LINEAR = "all-linear"
 ATTENTION = "attention"
@@ -93,6 +94,16 @@ class TargetTable:
 
         Ranks have a column of their own where they differ.
         """
+        cells = self._cells()
+        wide = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+        lines = [
+            "  ".join(f"{c:{'<' if i in (0, 2) else '>'}{wide[i]}}" for i, c in enumerate(row))
+            for row in cells
+        ]
+        return lines + [f"note: {note}" for note in self.notes]
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """Header, rows and total; ranks have a column only where they differ."""
         differ = any(row.ranks not in ((), (self.r,)) for row in self.rows)
         head = "parameters" if differ else f"parameters at r={self.r}"
         cells = [("target modules", "layers", "shape (out x in)", "r", head)]
@@ -109,12 +120,13 @@ class TargetTable:
         total = sum(row.count for row in self.rows)
         cells.append(("total", f"{total:,}", "", "", f"{self.parameters:,}"))
         columns = [0, 1, 2, 3, 4] if differ else [0, 1, 2, 4]
-        wide = {i: max(len(row[i]) for row in cells) for i in columns}
-        lines = [
-            "  ".join(f"{row[i]:{'<' if i in (0, 2) else '>'}{wide[i]}}" for i in columns)
-            for row in cells
-        ]
-        return lines + [f"note: {note}" for note in self.notes]
+        return [tuple(row[i] for i in columns) for row in cells]
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        header, *rows = self._cells()
+        notes = (tag("div", f"note: {note}") for note in self.notes)
+        return join((grid(header, rows), *notes))
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

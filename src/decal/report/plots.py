@@ -65,14 +65,33 @@ def points(rows: Sequence[Mapping[str, Any]], name: str) -> Points:
     return [float(step) for step, _ in found], [float(value) for _, value in found]
 
 
+class Drawn(Figure):
+    """A figure that a notebook shows by itself, without pyplot and its state."""
+
+    def _repr_png_(self) -> bytes:
+        return as_png(self)
+
+
+def as_png(figure: Figure) -> bytes:
+    """The figure as PNG, at its own resolution."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
 def loss_png(rows: Sequence[Mapping[str, Any]], title: str = "") -> bytes:
-    """The loss curve as PNG.
+    """`loss_figure` as PNG."""
+    return as_png(loss_figure(rows, title))
+
+
+def loss_figure(rows: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """The loss curve of a run.
 
     Args:
         rows: of metrics.jsonl: training rows have `step` and `loss`, evaluations `eval_loss`.
         title: shown above, at the left.
     """
-    figure = Figure(figsize=SIZE, dpi=DPI, facecolor="white", layout="constrained")
+    figure = Drawn(figsize=SIZE, dpi=DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     train, evaluations = points(rows, "loss"), points(rows, "eval_loss")
@@ -81,9 +100,7 @@ def loss_png(rows: Sequence[Mapping[str, Any]], title: str = "") -> bytes:
     _draw_evaluations(axes, evaluations)
     _set_range(axes, [*trend, *evaluations[1]], [*train[0], *evaluations[0]])
     _dress(axes, title)
-    out = io.BytesIO()
-    figure.savefig(out, format="png")
-    return out.getvalue()
+    return figure
 
 
 def _draw_training(axes: Axes, train: Points, trend: Sequence[float]) -> None:

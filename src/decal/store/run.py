@@ -3,7 +3,7 @@
     run.yaml        the settings, as text
     info.json       versions, machine, threads, the base's fingerprint, the quantizer's identity
     metrics.jsonl   one JSON object per line; NaN and infinity become null
-    loss.png
+    report.html, loss.png, spectrum.png         for people; samples.json where outputs were sampled
     tensorboard/ and wandb/     where train.report_to asks for them
     checkpoints/step-00000100/{trainable,optimizer}.safetensors, state.json
     adapter/ or model/      the result
@@ -60,6 +60,9 @@ _OWN = (
     "info.json",
     "metrics.jsonl",
     "loss.png",
+    "spectrum.png",
+    "report.html",
+    "samples.json",
     "tensorboard",
     "wandb",
     "checkpoints",

@@ -27,6 +27,7 @@ from decal.verbs.target import (
 from decal.verbs.text import Chat, Prompt, classify, complete
 
 BASE_NAME = "base"
+Observe = Callable[[str, int, int], None]
 _READING = ("layout", "columns", "system", "turns")
 """Settings that decide what a row means."""
 
@@ -41,7 +42,7 @@ def compare(
     max_new_tokens: int = 64,
     trust_remote_code: bool = False,
     allow_other_base: bool = False,
-    observe: Callable[[str, int, int], None] | None = None,
+    observe: Observe | None = None,
 ) -> dict[str, Any]:
     """Runs base and adapters, one base in memory, all adapters on it.
 
@@ -83,7 +84,7 @@ def compare(
         results[name] = {}
         with _active(model, name):
             if turns:
-                results[name]["outputs"] = _answers(model, tokenizer, turns, max_new_tokens, step)
+                results[name]["outputs"] = answers(model, tokenizer, turns, max_new_tokens, step)
             if asked:
                 results[name] |= measure(
                     model, tokenizer, asked, max_new_tokens=max_new_tokens, observe=step
@@ -129,9 +130,14 @@ def _active(model: Any, name: str) -> AbstractContextManager[Any]:
     return disabled(model) if name == BASE_NAME else use(model, name)
 
 
-def _answers(
-    model: Any, tokenizer: Any, turns: Sequence[Prompt], max_new_tokens: int, step: Any
+def answers(
+    model: Any, tokenizer: Any, turns: Sequence[Prompt], max_new_tokens: int, step: Any = None
 ) -> list[str]:
+    """What the model makes of each prompt: completions, or a classifier's labels.
+
+    Raises:
+        DataError: chats for a classifier, and whatever `complete` and `classify` refuse.
+    """
     if labels_of(model) is None:
         return complete(model, tokenizer, turns, max_new_tokens=max_new_tokens, progress=step)
     chats = [turn for turn in turns if not isinstance(turn, str)]

@@ -335,7 +335,12 @@ class _Work:
             for each, _ in wave:
                 outcome = outcomes[each.name]
                 if isinstance(outcome, Result):
-                    finish(sessions[each.name], runs[each.name], outcome)
+                    finish(
+                        sessions[each.name],
+                        runs[each.name],
+                        outcome,
+                        partial(self.observe, each.name),
+                    )
                     self._note(each, "stopped" if outcome.halted else "done", outcome.stopped)
                 else:
                     self._note(each, "failed", outcome.message)

@@ -14,15 +14,18 @@ from typing import Any
 
 import torch
 import transformers
+from matplotlib.figure import Figure
 
 from decal.config import FullConfig, RunConfig
 from decal.data.pack import split
 from decal.errors import ConfigError
+from decal.markup import facts
 from decal.model import hf
 from decal.model.heap import give_back_freed
 from decal.model.inject import trainable_parameters
-from decal.report import trackers
-from decal.report.plots import loss_png
+from decal.report import live, trackers
+from decal.report.figures import spectrum_figure
+from decal.report.plots import loss_figure, loss_png
 from decal.runfile import dump_run, parse_run
 from decal.store.files import atomic_folder, write_bytes
 from decal.store.run import RunFolder
@@ -34,8 +37,10 @@ from decal.verbs.findings import before
 from decal.verbs.inputs import look, refuse_own_output
 from decal.verbs.load import save_adapter
 from decal.verbs.provenance import run_facts
+from decal.verbs.report import NAME, report
 from decal.verbs.same_base import fingerprint_of
 from decal.verbs.session import Say, Session, begin
+from decal.verbs.spectrum import spectrum
 from decal.version import __version__
 
 MAY_CHANGE = ("output", "train.micro_batch_tokens", "train.gradient_checkpointing")
@@ -44,7 +49,7 @@ TIDY_EVERY = 32
 """Steps between two looks at the heap; one takes a few milliseconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class RunResult:
     """A finished run."""
 
@@ -72,6 +77,32 @@ class RunResult:
             **self.scores,
         }
 
+    def plot(self) -> Figure:
+        """The loss curve as a matplotlib figure."""
+        return loss_figure(RunFolder.look(self.run).metrics(), self.run.name)
+
+    def spectrum(self) -> Figure:
+        """The size of what the adapter learned, by layer and module, as a matplotlib figure.
+
+        Raises AdapterError for a full fine-tuning, which has no adapter.
+        """
+        return spectrum_figure(spectrum(self.run), title=self.run.name)
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{name}={value!r}" for name, value in self.summary().items())
+        return f"RunResult({facts})"
+
+    def _repr_html_(self) -> str:
+        """The run in a notebook: its numbers, and where its report lies."""
+        report = {"report": str(self.run / NAME)} if (self.run / NAME).exists() else {}
+        return facts({name: _shown(value) for name, value in {**self.summary(), **report}.items()})
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return f"{value:,.6g}" if isinstance(value, float) else str(value)
+
 
 def train(
     config: RunConfig,
@@ -95,7 +126,7 @@ def train(
             at all: problems are errors, warnings are told to `observe`.
         allow_other_base: warn where an adapter to go on with (adapter.from) was trained on another
             base, instead of refusing.
-        observe: called with every event of the loop.
+        observe: called with every event of the loop; without it a notebook shows the progress.
         say: called with lines about what was found and done.
 
     Raises:
@@ -106,7 +137,7 @@ def train(
     """
     set_workspace()
     say = say or (lambda line: None)
-    observe = tidy(observe or (lambda event: None))
+    observe = tidy(observe or _nearby())
     refuse_own_output(config)
     ready = partial(_prepare, config, check, allow_other_base, observe, say)
     if dry_run:
@@ -122,7 +153,7 @@ def train(
         write_info(session, run, config.output)
         with session.training(), _reporting(config, run, observe) as report:
             result = run_loop(job_of(session, run, report, resume))
-        weights, scores = finish(session, run, result)
+        weights, scores = finish(session, run, result, observe)
     trainable, total = trainable_parameters(session.model)
     return RunResult(
         run=run.path,
@@ -135,15 +166,35 @@ def train(
     )
 
 
-def finish(session: Session, run: RunFolder, result: Result) -> tuple[Path, dict[str, float]]:
-    """Leaves weights, curve and result in the run folder; where the weights are, and scores."""
+def finish(
+    session: Session, run: RunFolder, result: Result, observe: Callable[[Event], None]
+) -> tuple[Path, dict[str, float]]:
+    """Leaves weights, curve, result and report in the run folder; gives the weights' place, and
+    scores."""
     session.model.eval()
     weights = _save(session, run, result)
     write_bytes(run.path / "loss.png", loss_png(run.metrics(), run.path.name))
     session.eval_batches = fitting(session.eval_batches, result.micro_batch_tokens)
     scores = session.scores()
-    run.write_info({**run.info(), "result": {**_result_info(result), **scores}})
+    found = {**_result_info(result), **_sizes(session, weights), **scores}
+    run.write_info({**run.info(), "result": found})
+    _write_report(run, observe)
     return weights, scores
+
+
+def _sizes(session: Session, weights: Path) -> dict[str, int]:
+    trainable, total = trainable_parameters(session.model)
+    nbytes = sum(file.stat().st_size for file in weights.rglob("*") if file.is_file())
+    return {"trainable_params": trainable, "total_params": total, "adapter_bytes": nbytes}
+
+
+def _write_report(run: RunFolder, observe: Callable[[Event], None]) -> None:
+    """The run's page. The run is whole without it, so nothing that goes wrong here ends it."""
+    try:
+        report(run.path)
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        observe(Note(text=f"the run is whole, but {NAME} could not be written: {reason}"))
 
 
 def _prepare(
@@ -162,6 +213,12 @@ def _prepare(
         elif finding.level == "warning":
             observe(Note(text=finding.line()))
     return begin(found, say)
+
+
+def _nearby() -> Callable[[Event], None]:
+    """Who looks on where nobody was named: the notebook, if this runs in one."""
+    send = live.notebook()
+    return live.Live(send).observe if send is not None else lambda event: None
 
 
 def tidy(observe: Callable[[Event], None]) -> Callable[[Event], None]:
