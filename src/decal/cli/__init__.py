@@ -35,6 +35,7 @@ from decal.cli import (
     init,
     inspect,
     merge,
+    plan,
     push,
     quantize,
     quickstart,
@@ -79,6 +80,7 @@ app = typer.Typer(
 for module in (
     quickstart,
     init,
+    plan,
     check,
     train,
     generate,
