@@ -77,5 +77,7 @@ def card(name: str) -> Card:
     names = ", ".join(known.name for known in _CARDS)
     raise ConfigError(
         f"device `{name}` is no GPU that decal knows the memory of",
-        hint=f"did you mean `{CARDS[guess].name}`?" if guess else f"use --memory, or one of {names}",
+        hint=f"did you mean `{CARDS[guess].name}`?"
+        if guess
+        else f"use --memory, or one of {names}",
     )

@@ -154,13 +154,17 @@ class Plan:
         for part, label in PARTS.items():
             values = [getattr(m.peak, part) for m in self.methods]
             if any(values):
-                found.append(self._row(label, [self._size(m, getattr(m.peak, part)) for m in self.methods]))
+                found.append(
+                    self._row(label, [self._size(m, getattr(m.peak, part)) for m in self.methods])
+                )
         found.append(self._row("peak", [self._size(m, m.peak.bytes) for m in self.methods]))
         if not all(m.checkpointing for m in self.methods):
             cells = [self._size(m, m.checkpointed.bytes) for m in self.methods]
             found.append(self._row("  with checkpointing", cells))
         if self.limit is not None:
-            found.append(self._row(f"fits {self.limit.name}", [self._verdict(m) for m in self.methods]))
+            found.append(
+                self._row(f"fits {self.limit.name}", [self._verdict(m) for m in self.methods])
+            )
         return found
 
     def _costs(self) -> list[str]:
@@ -185,7 +189,9 @@ class Plan:
             kept = ", half a GiB of it kept for the driver" if card else ""
             found.append(f"{self.limit.name}: {given}{kept}")
         if self.device == "cpu" and any(m.peak.mapped for m in self.methods):
-            found.append("16-bit weights are mapped from their files: a run's own report leaves them out")
+            found.append(
+                "16-bit weights are mapped from their files: a run's own report leaves them out"
+            )
         if self.limit is not None and self.limit.card is not None:
             found.append(
                 f"times: an assumed 35 % of the published {self.limit.card.teraflops:,.0f} TFLOP/s"
@@ -223,7 +229,13 @@ def _head(method: Method) -> tuple[str, str]:
 
 def _speed(method: Method) -> str:
     speed = method.tokens_per_second
-    return "-" if speed is None or method.refused else f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+    return (
+        "-"
+        if speed is None or method.refused
+        else f"{speed:,.0f}"
+        if speed >= 10
+        else f"{speed:.2g}"
+    )
 
 
 def _time(seconds: float | None) -> str:

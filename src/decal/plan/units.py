@@ -45,6 +45,10 @@ def gigabytes(count: float) -> str:
     return f"{size:,.2f}" if size < 99.995 else f"{size:,.1f}"
 
 
-def signed_percent(planned: float, measured: float) -> str:
-    """How far `measured` is from `planned`: `+3.2 %`."""
-    return f"{100 * (measured - planned) / planned:+.1f} %"
+def memory_line(planned: int, measured: int | None) -> str:
+    """`memory: planned 1.21 GB, measured 1.18 GB (-2.5 %)`."""
+    text = f"memory: planned {planned / 1e9:.2f} GB"
+    if measured is None or planned <= 0:
+        return text
+    off = 100 * (measured / planned - 1)
+    return f"{text}, measured {measured / 1e9:.2f} GB ({off:+.1f} %)"

@@ -10,7 +10,7 @@ Knows how to read models and rows; the formulas are in `plan/`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os.path import expanduser
 from pathlib import Path
 from typing import Any
@@ -27,29 +27,27 @@ from decal.config import (
     RunConfig,
     TrainConfig,
 )
-from decal.data.order import permutation
-from decal.data.pack import groups
 from decal.errors import BaseModelError, ConfigError, DecalError
 from decal.kernels import native
 from decal.model import hf
 from decal.model.slots import slots_for
 from decal.plan.calibrate import rates
-from decal.plan.cards import RESERVED, Card, card
+from decal.plan.cards import RESERVED, card
 from decal.plan.cheapest import Now, cheapest
 from decal.plan.cost import UTILIZATION, operations, seconds_per_token
 from decal.plan.memory import peak
-from decal.plan.setup import Load, Setup
+from decal.plan.setup import Setup
 from decal.plan.shapes import KNOWN, Shape, known, near
-from decal.plan.structure import Structure, Trained, stored
+from decal.plan.structure import Trained, stored
 from decal.plan.table import Limit, Method, Plan
 from decal.plan.units import parse_memory
 from decal.quant import describe
 from decal.quant.base import Recipe
 from decal.runfile import load_run
 from decal.train.loop import total_steps
-from decal.train.memory import STATUS, parse_status
+from decal.train.memory import anonymous
+from decal.verbs.lengths import lengths_of, load_of
 from decal.verbs.load import as_recipe
-from decal.verbs.rows import encode, read_run_rows
 from decal.verbs.structure import as_meta, structure_of, with_kept
 from decal.verbs.target import read
 
@@ -61,8 +59,6 @@ WAYS: dict[str, tuple[str, QuantConfig]] = {
     "nf4 double": ("lora", QuantConfig(format="nf4")),
 }
 """The ways that people choose from."""
-STEPS_LOOKED_AT = 2000
-"""Of a run with its rows: the largest micro-batch is looked for in so many steps."""
 
 
 def plan(
@@ -96,11 +92,6 @@ def plan(
     return _Planner(config, wanted=wanted, limit=limit).plan(calibrate)
 
 
-def anonymous() -> int:
-    """Memory in bytes that this process alone holds; 0 where the system does not say."""
-    return parse_status(STATUS.read_text())[0] if STATUS.exists() else 0
-
-
 def _limit(memory: str | None, device: str | None) -> Limit | None:
     if memory is not None and device is not None:
         raise ConfigError("--memory and --device both say what there is", hint="give one of them")
@@ -128,53 +119,6 @@ def _settings(
     return config, False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """Tokens of the samples of a run."""
-
-    tokens: tuple[int, ...]
-    trained: tuple[int, ...]
-    known: bool
-    """Whether these are the rows themselves, or as many samples of the greatest length."""
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sample."""
-        return max(self.tokens)
-
-    def cut(self, most: int) -> Lengths:
-        """The same samples with at most so many tokens each."""
-        if self.longest <= most:
-            return self
-        tokens = tuple(min(n, most) for n in self.tokens)
-        return replace(self, tokens=tokens, trained=tuple(map(min, self.trained, tokens)))
-
-
-def load_of(lengths: Lengths, config: RunConfig, layout: Any = "flat") -> Load:
-    """The largest micro-batch of the run, by tokens, and most trained tokens of any."""
-    train, count = config.train, len(lengths.tokens)
-    per_epoch = -(-count // train.batch_size)
-    steps = min(total_steps(per_epoch, train), STEPS_LOOKED_AT)
-    most = trained = 0
-    several = False
-    order, epoch = permutation(count, train.seed, 0), 0
-    for index in range(steps):
-        now, place = divmod(index, per_epoch)
-        if now != epoch:
-            order, epoch = permutation(count, train.seed, now), now
-        chosen = order[place * train.batch_size : (place + 1) * train.batch_size].tolist()
-        sizes = [lengths.tokens[i] for i in chosen]
-        micro = groups(layout, sizes, train.micro_batch_tokens)
-        several = several or len(micro) > 1
-        for group in micro:
-            padded = len(group) * max(sizes[i] for i in group)
-            most = max(most, sum(sizes[i] for i in group) if layout == "flat" else padded)
-            trained = max(trained, sum(lengths.trained[chosen[i]] for i in group))
-        if not lengths.known:
-            break  # all steps are alike
-    return Load(tokens=most, trained=trained, several=several)
-
-
 class _Planner:
     """One model and one run's settings, planned in several ways."""
 
@@ -186,7 +130,7 @@ class _Planner:
         self.device = "cuda" if self.on_card else hf.pick_device(config.base.device).type
         name = self.shape or Path(config.base.path).name
         self.structure = structure_of(self.skeleton, name, config.quant.skip_modules)
-        self.lengths = _lengths(config, wanted)
+        self.lengths = lengths_of(config, rows=wanted)
         self.process = anonymous() if self.device == "cpu" else 0
 
     def plan(self, calibrate: bool) -> Plan:
@@ -392,25 +336,6 @@ class _Planner:
         where = f"longest of {len(lengths):,} rows" if self.lengths.known else "every sample"
         text = f"{train.batch_size} samples a step, {where} {self.lengths.longest:,} tokens"
         return f"{text}; at most {load.tokens:,} tokens at once"
-
-
-def _lengths(config: RunConfig, wanted: bool) -> Lengths:
-    """Of the rows where they are there, else as many of the greatest length as a step takes."""
-    if wanted and Path(expanduser(config.data.path)).exists():
-        try:
-            rows = read_run_rows(config)
-            tokenizer = hf.load_tokenizer(config.base.path, revision=config.base.revision)
-            samples = encode(rows, tokenizer, config).train
-            return Lengths(
-                tokens=tuple(len(s) for s in samples),
-                trained=tuple(max(1, int(s.trained.sum())) for s in samples),
-                known=True,
-            )
-        except BaseModelError:
-            pass  # no tokenizer at hand
-    count = config.train.batch_size
-    longest = config.data.max_length
-    return Lengths(tokens=(longest,) * count, trained=(longest,) * count, known=False)
 
 
 def model_config(base: BaseConfig) -> tuple[str | None, Any]:

@@ -33,6 +33,7 @@ from decal.train.room import fitting
 from decal.verbs.findings import before
 from decal.verbs.inputs import ADAPTER, look, refuse_own_output
 from decal.verbs.load import save_adapter
+from decal.verbs.planned import planned, planned_info, verdict
 from decal.verbs.provenance import run_facts
 from decal.verbs.same_base import fingerprint_of
 from decal.verbs.session import Say, Session, begin
@@ -120,9 +121,15 @@ def train(
         if resume:
             session = ready()
         _write_info(session, run, config.output)
+        expected = planned(session)
+        run.write_info({**run.info(), "planned": planned_info(expected)})
         with session.training(), _reporting(config, run, observe) as report:
             result = run_loop(_job(session, run, report, resume))
         weights, scores = _finish(session, run, result)
+    line, warning = verdict(expected, result.memory.bytes)
+    say(line)
+    if warning is not None:
+        observe(Note(text=warning))
     trainable, total = trainable_parameters(session.model)
     return RunResult(
         run=run.path,
