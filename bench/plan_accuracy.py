@@ -136,7 +136,7 @@ class Case:
                 "eval": None,
             },
             "train": {
-                "max_steps": 3,
+                "max_steps": 2,
                 "batch_size": self.batch,
                 "micro_batch_tokens": self.once,
                 "gradient_checkpointing": self.checkpointing,
@@ -315,8 +315,8 @@ def main() -> None:
         for case in cases:
             rows[case.name] = {**measured(case, folder), **plans[case.name]}
             print(case.name, file=sys.stderr, flush=True)
-    if given.results:
-        given.results.write_text(json.dumps(rows, indent=1))
+            if given.results:
+                given.results.write_text(json.dumps(rows, indent=1))
     ordered = [rows[case.name] for case in CASES if case.name in rows]
     text = report(ordered)
     if given.write:

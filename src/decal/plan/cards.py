@@ -75,9 +75,5 @@ def card(name: str) -> Card:
             return CARDS[tried]
     guess = nearest(short, list(CARDS)) or nearest(f"rtx-{short}", list(CARDS))
     names = ", ".join(known.name for known in _CARDS)
-    raise ConfigError(
-        f"device `{name}` is no GPU that decal knows the memory of",
-        hint=f"did you mean `{CARDS[guess].name}`?"
-        if guess
-        else f"use --memory, or one of {names}",
-    )
+    hint = f"did you mean `{CARDS[guess].name}`?" if guess else f"use --memory, or one of {names}"
+    raise ConfigError(f"device `{name}` is no GPU whose memory decal knows", hint=hint)

@@ -12,8 +12,8 @@ costs, for n the numbers of the linear layers that it meets,
     checkpoint   every layer's forward once more
 
 Embeddings are looked up and cost nothing. Of a mixture's experts those count that a token meets.
-What is no product (norms, SwiGLU, dropout) is a share of the time, not of the operations; rates are
-measured on products alone, so the time is a lower bound by what else a step does (OTHER).
+What is no product (norms, SwiGLU, dropout) takes time and no operations; rates are
+measured on products with a stored weight alone, and OTHER is what a step takes beyond them.
 
 Knows shapes; the rates come from calibrate.py or from a card's published peak.
 """
@@ -24,9 +24,9 @@ from dataclasses import dataclass
 
 from decal.plan.setup import Setup
 
-OTHER = 1.35
-"""Time of a step over the time of its products: measured with bench/train_step.py, whose table in
-docs/performance.md gives norms, SwiGLU, rotation, dropout and the optimizer a quarter of the step."""
+OTHER = 1.38
+"""Time of a step over that of its operations at the rate of its linears. docs/performance.md, first
+table: linears reach 69 % of the processor's peak, whole steps 50 %."""
 UTILIZATION = 0.35
 """Share of a card's published peak that fine-tuning reaches; an assumption, and shown as one."""
 

@@ -15,6 +15,8 @@ trained tokens, H the hidden size, V the vocabulary, e the bytes of the compute 
     in backward  buffers      the largest temporary: the gradients inside one MLP, and in the paths
                               without compiled kernels the dequantized weight
 
+    on a CPU     holes        between the tensors in the heap, which is not given back (kept.py)
+
 The peak of a step is the largest of
 
     activations + max(loss, buffers)                            where backward begins
@@ -34,7 +36,7 @@ The three paths keep different things (kept.py): the fused steps of the Llama fa
 transformers' own layers around decal's products, for other families, GPUs and float32 without
 library; and checkpointing, which is either of them, one layer at a time.
 
-Nothing here is fitted to a run. What a number is, and where it comes from, stands beside it.
+Nothing here is fitted to a single run. What a number is, and where it comes from, stands beside it.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from decal.plan.kept import kept, layer_buffers, outside
+from decal.plan.kept import holes, kept, layer_buffers, outside
 from decal.plan.setup import Setup
 from decal.plan.structure import stored
 
@@ -69,6 +71,8 @@ class Peak:
     loss: int
     """What the loss needs beyond `buffers`, where its moment is the higher one."""
     buffers: int
+    holes: int
+    """What lies unused between tensors in the heap."""
     overlap: int
     """Negative: activations that are gone before the last gradients come."""
     mapped: int
@@ -85,6 +89,7 @@ class Peak:
         "activations",
         "loss",
         "buffers",
+        "holes",
         "overlap",
     )
 
@@ -145,6 +150,7 @@ def together(setups: Sequence[Setup]) -> Peak:
         activations=activations,
         loss=max(0, loss - buffers),
         buffers=buffers,
+        holes=sum(holes(s) for s in setups),
         overlap=overlap,
         mapped=mapped,
         loading=process + weights + _quantizing(first),

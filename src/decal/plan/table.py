@@ -22,6 +22,7 @@ PARTS = {
     "activations": "activations",
     "loss": "loss",
     "buffers": "buffers",
+    "holes": "holes in the heap",
     "overlap": "not at one time",
     "process": "process",
 }
@@ -130,82 +131,91 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan as text, at most 80 characters wide with the five usual ways."""
-        where = "this CPU" if self.device == "cpu" else "a GPU"
-        if self.limit is not None and self.limit.card is not None:
-            where = f"{self.limit.name}, not measured"
-        lines = [
+        return [
             f"{self.model}: {self.parameters:,} parameters in {self.layers} layers;"
             f" computes in {self.dtype}",
             self.adapter,
             self.rows,
+            self._where(),
             "",
-            self._row(f"GB (10^9), {where}", [_head(m)[0] for m in self.methods]),
-            self._row("", [_head(m)[1] for m in self.methods]),
+            self._row("", [_head(m)[0] for m in self.methods]),
+            self._row("GB", [self._marked(m) for m in self.methods]),
+            *self._parts(),
+            "",
+            *self._costs(),
+            *self._notes(),
         ]
-        lines += self._parts()
-        lines += ["", *self._costs(), *self._notes()]
-        return lines
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
 
+    def _marked(self, method: Method) -> str:
+        return "*" * (method.name == self.wanted) + _head(method)[1]
+
+    def _where(self) -> str:
+        if self.limit is None:
+            return "on this CPU" if self.device == "cpu" else "on a GPU"
+        if self.limit.card is not None:
+            name, kept = self.limit.name, "half a GiB is kept for the driver"
+            return f"on a {name} with {self.limit.bytes / 1e9:.1f} GB; {kept}"
+        place = "on this CPU" if self.device == "cpu" else "on a GPU"
+        return f"{place} with {self.limit.bytes / 1e9:.2f} GB (10^9 bytes)"
+
     def _parts(self) -> list[str]:
         found = []
         for part, label in PARTS.items():
-            values = [getattr(m.peak, part) for m in self.methods]
-            if any(values):
-                found.append(
-                    self._row(label, [self._size(m, getattr(m.peak, part)) for m in self.methods])
-                )
+            if any(getattr(m.peak, part) for m in self.methods):
+                sizes = [self._size(m, getattr(m.peak, part)) for m in self.methods]
+                found.append(self._row(label, sizes))
         found.append(self._row("peak", [self._size(m, m.peak.bytes) for m in self.methods]))
         if not all(m.checkpointing for m in self.methods):
             cells = [self._size(m, m.checkpointed.bytes) for m in self.methods]
             found.append(self._row("  with checkpointing", cells))
         if self.limit is not None:
-            found.append(
-                self._row(f"fits {self.limit.name}", [self._verdict(m) for m in self.methods])
-            )
+            cells = [self._verdict(m) for m in self.methods]
+            found.append(self._row(f"fits {self.limit.name}"[:LABEL], cells))
         return found
 
     def _costs(self) -> list[str]:
-        mb = [f"{m.adapter_bytes / 1e6:,.1f} MB" if m.adapter_bytes else "-" for m in self.methods]
+        files = [
+            f"{m.adapter_bytes / 1e6:,.1f} MB" if m.adapter_bytes else "-" for m in self.methods
+        ]
         found = [
-            self._row("disk: adapter", mb),
-            self._row("disk: model, 16-bit", [self._size(m, m.merged_bytes) for m in self.methods]),
+            self._row("disk: adapter", files),
+            self._row("disk: 16-bit model", [self._size(m, m.merged_bytes) for m in self.methods]),
             self._row("GFLOP a token", [f"{m.operations / 1e9:,.1f}" for m in self.methods]),
         ]
         if any(m.tokens_per_second for m in self.methods):
-            speeds = [_speed(m) for m in self.methods]
-            found.append(self._row("tokens/s", speeds))
-            label = "time of the run" if self.wanted else "time of 1,000 steps"
+            found.append(self._row("tokens/s", [_speed(m) for m in self.methods]))
+            label = "time of the run" if self.wanted else "1,000 steps"
             found.append(self._row(label, [_time(m.seconds) for m in self.methods]))
         return found
 
     def _notes(self) -> list[str]:
         found = []
-        if self.limit is not None:
-            given = f"{self.limit.bytes:,} bytes"
-            card = self.limit.card
-            kept = ", half a GiB of it kept for the driver" if card else ""
-            found.append(f"{self.limit.name}: {given}{kept}")
+        if self.wanted is not None:
+            found.append(f"*: what the settings ask for ({self.wanted})")
         if self.device == "cpu" and any(m.peak.mapped for m in self.methods):
             found.append(
-                "16-bit weights are mapped from their files: a run's own report leaves them out"
+                "16-bit weights are mapped from files; a run reports its peak without them"
             )
-        if self.limit is not None and self.limit.card is not None:
+        card = self.limit.card if self.limit is not None else None
+        if card is not None:
             found.append(
-                f"times: an assumed 35 % of the published {self.limit.card.teraflops:,.0f} TFLOP/s"
+                "estimated for a GPU that is not here; times at 35 % of the published"
+                f" {card.teraflops:,.0f} TFLOP/s"
             )
         found += dict.fromkeys(f"-: {m.refused}" for m in self.methods if m.refused)
         if self.change:
-            changes = " ".join(f"--set {key}={value}" for key, value in self.change.items())
-            found.append(f"the cheapest change that fits: {changes}")
+            words = [f"{key}={value}" for key, value in self.change.items()]
+            shown = " ".join(f"--set {word}" for word in words) if self.wanted else ", ".join(words)
+            found.append(f"the cheapest change that fits: {shown}")
         elif self.change is not None:
             found.append("nothing that can be changed in these settings makes it fit")
         return ["", *found] if found else []
 
     def _row(self, label: str, cells: list[str]) -> str:
-        return f"{label:<{LABEL}}" + "".join(f"{cell:>{COLUMN}}" for cell in cells).rstrip()
+        return f"{label:<{LABEL}}" + "".join(f"{cell:>{COLUMN}}" for cell in cells)
 
     def _size(self, method: Method, size: int) -> str:
         return "-" if method.refused else gigabytes(size)
@@ -216,26 +226,23 @@ class Plan:
             return "-"
         if method.peak.bytes <= self.limit.bytes:
             return "yes"
-        return "checkp." if method.checkpointed.bytes <= self.limit.bytes else "no"
+        return "with ckpt." if method.checkpointed.bytes <= self.limit.bytes else "no"
 
 
 def _head(method: Method) -> tuple[str, str]:
+    """The two lines above a column."""
     if method.way == "full":
         return "full", "fine-tuning"
     if method.recipe is None:
         return "LoRA", "16-bit"
-    return "QLoRA", {"nf4": "nf4, fp32", "nf4 double": "nf4 double"}.get(method.name, method.name)
+    return "QLoRA", {"nf4": "nf4 single"}.get(method.name, method.name)
 
 
 def _speed(method: Method) -> str:
     speed = method.tokens_per_second
-    return (
-        "-"
-        if speed is None or method.refused
-        else f"{speed:,.0f}"
-        if speed >= 10
-        else f"{speed:.2g}"
-    )
+    if speed is None or method.refused:
+        return "-"
+    return f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
 
 
 def _time(seconds: float | None) -> str:

@@ -15,7 +15,7 @@ from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from decal.config import (
     BaseConfig,
@@ -43,6 +43,7 @@ from decal.plan.table import Limit, Method, Plan
 from decal.plan.units import parse_memory
 from decal.quant import describe
 from decal.quant.base import Recipe
+from decal.report import plots, trackers
 from decal.runfile import load_run
 from decal.train.loop import total_steps
 from decal.train.memory import anonymous
@@ -119,6 +120,10 @@ def _settings(
     return config, False
 
 
+RUN_IMPORTS = (plots, trackers)
+"""What a run imports beyond what a plan needs: the process is measured with all of it."""
+
+
 class _Planner:
     """One model and one run's settings, planned in several ways."""
 
@@ -126,7 +131,7 @@ class _Planner:
         self.config, self.wanted, self.limit = config, wanted, limit
         self.on_card = limit.card if limit is not None else None
         self.shape, self.model_config = model_config(config.base)
-        self.skeleton = as_meta(self.model_config, AutoModelForCausalLM)
+        self.skeleton = as_meta(self.model_config)
         self.device = "cuda" if self.on_card else hf.pick_device(config.base.device).type
         name = self.shape or Path(config.base.path).name
         self.structure = structure_of(self.skeleton, name, config.quant.skip_modules)

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM
-
 from decal.config import FullConfig, LoraConfig
 from decal.kernels import native
 from decal.model import hf
@@ -56,7 +54,7 @@ def setup_of(session: Session) -> Setup:
         mapped=_mapped(model),
     )
     if not setup.fused:
-        skeleton = as_meta(_plain_config(model), AutoModelForCausalLM)
+        skeleton = as_meta(_plain_config(model))
         way = "full" if whole else "lora"
         structure = with_kept(structure, skeleton, config.base.dtype, way)
         setup = replace(setup, structure=structure)

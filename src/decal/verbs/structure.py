@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from decal.config import LoraConfig
 from decal.errors import QuantError
@@ -170,7 +171,7 @@ def _unpackable(model: Any, skip: Sequence[str]) -> str | None:
     return None
 
 
-def as_meta(config: Any, auto: Any) -> Any:
+def as_meta(config: Any, auto: Any = AutoModelForCausalLM) -> Any:
     """A skeleton of a configuration: names and shapes, no weights."""
     with hf.Quiet(), torch.device("meta"):
         model = auto.from_config(config)
