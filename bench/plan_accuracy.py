@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,37 +150,37 @@ CASES = [
     Case(shape="llama-tiny"),
     Case(shape="llama-tiny", quant="none", length=1024, batch=4),
     Case(shape="llama-40m", quant="none", r=8),
-    Case(shape="llama-40m", quant="nf4", r=64, length=512, batch=8),
-    Case(shape="llama-40m", quant="nf4 single", r=16, length=1024, batch=4),
-    Case(shape="llama-40m", quant="int8", r=16, length=512, batch=4),
+    Case(shape="llama-40m", quant="nf4", r=64, length=512, batch=4),
+    Case(shape="llama-40m", quant="nf4 single", r=16, length=1024, batch=2),
+    Case(shape="llama-40m", quant="int8", r=16, length=512, batch=2),
     Case(shape="llama-40m", quant="fp4", r=4, length=64, batch=32),
     Case(shape="llama-40m", quant="nf4", r=16, length=512, batch=8, checkpointing=True),
     Case(shape="llama-40m", quant="none", r=0, length=256, batch=4),
-    Case(shape="llama-40m", quant="none", r=16, length=512, batch=4, dtype="float32"),
-    Case(shape="llama-40m", quant="none", r=0, length=512, batch=4, checkpointing=True),
-    Case(shape="llama-40m", quant="nf4", r=32, length=256, batch=16, once=1024),
+    Case(shape="llama-40m", quant="none", r=16, length=256, batch=4, dtype="float32"),
+    Case(shape="llama-40m", quant="none", r=0, length=256, batch=4, checkpointing=True),
+    Case(shape="llama-40m", quant="nf4", r=32, length=256, batch=8, once=1024),
     Case(shape="llama-40m", quant="nf4", r=16, length=256, batch=8, targets="attention"),
     Case(shape="qwen2-30m", quant="nf4", r=16, length=512, batch=8),
     Case(shape="qwen2-30m", quant="none", r=32, length=256, batch=8),
-    Case(shape="qwen2-30m", quant="int8", r=8, length=1024, batch=4, checkpointing=True),
-    Case(shape="qwen2-30m", quant="none", r=0, length=256, batch=8),
-    Case(shape="qwen3-50m", quant="nf4", r=16, length=512, batch=8),
+    Case(shape="qwen2-30m", quant="int8", r=8, length=1024, batch=2, checkpointing=True),
+    Case(shape="qwen2-30m", quant="none", r=0, length=256, batch=4),
+    Case(shape="qwen3-50m", quant="nf4", r=16, length=512, batch=4),
     Case(shape="qwen3-50m", quant="none", r=64, length=128, batch=16),
-    Case(shape="qwen3-50m", quant="fp4", r=16, length=1024, batch=4),
-    Case(shape="qwen3-50m", quant="nf4", r=8, length=256, batch=4, dtype="float32"),
+    Case(shape="qwen3-50m", quant="fp4", r=16, length=1024, batch=1),
+    Case(shape="qwen3-50m", quant="nf4", r=8, length=256, batch=2, dtype="float32"),
     Case(shape="gpt2-20m", quant="nf4", r=16, length=512, batch=4),
-    Case(shape="gpt2-20m", quant="none", r=8, length=256, batch=8),
+    Case(shape="gpt2-20m", quant="none", r=8, length=256, batch=4),
     Case(shape="gpt2-20m", quant="none", r=0, length=256, batch=4),
-    Case(shape="gemma-30m", quant="nf4", r=16, length=256, batch=8),
-    Case(shape="gemma-30m", quant="none", r=16, length=256, batch=8, checkpointing=True),
+    Case(shape="gemma-30m", quant="nf4", r=16, length=256, batch=4),
+    Case(shape="gemma-30m", quant="none", r=16, length=256, batch=4, checkpointing=True),
     Case(shape="llama-135m", quant="nf4", r=16, length=256, batch=4),
     Case(shape="llama-135m", quant="nf4", r=64, length=64, batch=4),
-    Case(shape="llama-135m", quant="int8", r=16, length=512, batch=4),
-    Case(shape="llama-135m", quant="none", r=16, length=1024, batch=2),
-    Case(shape="llama-135m", quant="nf4 single", r=32, length=1024, batch=4, checkpointing=True),
-    Case(shape="llama-135m", quant="nf4", r=16, length=512, batch=16, once=2048),
-    Case(shape="llama-135m", quant="none", r=0, length=128, batch=4),
-    Case(shape="llama-135m", quant="none", r=16, length=256, batch=2, dtype="float32"),
+    Case(shape="llama-135m", quant="int8", r=16, length=256, batch=2),
+    Case(shape="llama-135m", quant="none", r=16, length=512, batch=1),
+    Case(shape="llama-135m", quant="nf4 single", r=32, length=512, batch=2, checkpointing=True),
+    Case(shape="llama-135m", quant="nf4", r=16, length=256, batch=4, once=512),
+    Case(shape="llama-135m", quant="none", r=0, length=64, batch=4),
+    Case(shape="llama-135m", quant="none", r=16, length=128, batch=2, dtype="float32"),
 ]
 
 
@@ -208,34 +209,49 @@ def write_rows(length: int, file: Path) -> None:
     file.write_text("\n".join([row] * 64) + "\n")
 
 
-def measured(case: Case, folder: Path) -> dict[str, Any]:
-    """What the run planned and measured."""
-    settings = case.settings(folder)
-    run = folder / "run.yaml"
-    run.write_text(json.dumps(settings))
-    words = [sys.executable, "-m", "decal.cli", "train", str(run), "--force", "--no-check"]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment())
-    if done.returncode:
-        raise SystemExit(f"{case.name}: {done.stderr}")
-    info: dict[str, Any] = json.loads(Path(settings["output"], "info.json").read_text())
-    return {
-        "name": case.name,
-        "warm": info["planned"]["peak_bytes"],
-        "parts": info["planned"]["parts"],
-        "measured": info["result"]["peak_memory_bytes"],
-    }
+def run_all(file: Path) -> None:
+    """In a process of its own: trains every case of the file in a child, and prints what the run
+    planned and measured, a line each. Children begin with everything imported and nothing run."""
+    from decal.cli import main as decal
+    from decal.cli import progress  # noqa: F401 (imported before the children are made)
+    from decal.verbs import train  # noqa: F401
+
+    for name, settings in json.loads(file.read_text()).items():
+        run, log = file.with_name("run.yaml"), file.with_name("log.txt")
+        run.write_text(json.dumps(settings))
+        sys.stdout.flush()
+        child = os.fork()
+        if not child:
+            with log.open("w") as out:
+                os.dup2(out.fileno(), 1)
+                os.dup2(out.fileno(), 2)
+                os._exit(decal(["train", str(run), "--force", "--no-check"]))
+        if os.waitpid(child, 0)[1]:
+            raise SystemExit(f"{name}: {log.read_text()}")
+        info = json.loads(Path(settings["output"], "info.json").read_text())
+        found = {
+            "name": name,
+            "warm": info["planned"]["peak_bytes"],
+            "parts": info["planned"]["parts"],
+            "measured": info["result"]["peak_memory_bytes"],
+        }
+        print(json.dumps(found), flush=True)
 
 
-def planned(cases: list[Case], folder: Path) -> dict[str, dict[str, Any]]:
-    """The cold plans, of one process."""
-    asked = folder / "cases.json"
-    asked.write_text(json.dumps({case.name: case.settings(folder) for case in cases}))
-    words = [sys.executable, "-m", "bench.plan_accuracy", "--plan", str(asked)]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=ROOT)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def answers(what: str, file: Path) -> Iterator[Any]:
+    """The lines that a process of its own answers with, `--plan` or `--run`, as they come."""
+    words = [sys.executable, "-m", "bench.plan_accuracy", what, str(file)]
+    log = file.with_suffix(".err")
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment(), cwd=ROOT
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                yield json.loads(line)
+        if process.wait():
+            raise SystemExit(log.read_text())
 
 
 def plan_all(file: Path) -> None:
@@ -243,12 +259,10 @@ def plan_all(file: Path) -> None:
     from decal.config import RunConfig
     from decal.verbs.plan import plan
 
-    found = {}
     for name, settings in json.loads(file.read_text()).items():
         made = plan(RunConfig(**settings), calibrate=False)
         peak = made.method(made.wanted or "").peak
-        found[name] = {"cold": peak.reported, "cold_parts": peak.parts}
-    print(json.dumps(found))
+        print(json.dumps({"name": name, "cold": peak.reported, "cold_parts": peak.parts}))
 
 
 def environment() -> dict[str, str]:
@@ -297,9 +311,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into a document")
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.plan:
-        plan_all(given.plan)
+    if given.plan or given.run:
+        (plan_all if given.plan else run_all)(given.plan or given.run)
         return
     at, of = map(int, given.slice.split("/"))
     cases = [c for c in CASES if not given.only or given.only in c.name][at - 1 :: of]
@@ -311,10 +326,13 @@ def main() -> None:
             write_base(shape, folder / shape)
         for length in {case.length for case in cases}:
             write_rows(length, folder / f"{length}.jsonl")
-        plans = planned(cases, folder)
-        for case in cases:
-            rows[case.name] = {**measured(case, folder), **plans[case.name]}
-            print(case.name, file=sys.stderr, flush=True)
+        asked = folder / "cases.json"
+        asked.write_text(json.dumps({case.name: case.settings(folder) for case in cases}))
+        plans = {found["name"]: found for found in answers("--plan", asked)}
+        for found in answers("--run", asked):
+            name = found["name"]
+            rows[name] = {**found, **plans[name]}
+            print(name, file=sys.stderr, flush=True)
             if given.results:
                 given.results.write_text(json.dumps(rows, indent=1))
     ordered = [rows[case.name] for case in CASES if case.name in rows]

@@ -22,7 +22,7 @@ from decal.plan.setup import Setup
 from decal.plan.structure import Layer, Linear
 
 FLOAT = 4
-HOLES = 1.6
+HOLES = 1.9
 """Unused bytes that a layer leaves in the heap, in tensors as large as the MLP's inner one.
 
 torch asks the C library for addresses that are multiples of 64, for which it looks for a little
