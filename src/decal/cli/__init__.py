@@ -35,6 +35,7 @@ from decal.cli import (
     init,
     inspect,
     merge,
+    plan,
     push,
     quantize,
     quickstart,
@@ -81,6 +82,7 @@ app = typer.Typer(
 for module in (
     quickstart,
     init,
+    plan,
     check,
     train,
     sweep,

@@ -125,7 +125,7 @@ def make_batches(
     build = flat_batch if layout == "flat" else padded_batch
     return [
         build([samples[i] for i in group], pad_id)
-        for group in _groups(layout, lengths, micro_batch_tokens)
+        for group in groups(layout, lengths, micro_batch_tokens)
     ]
 
 
@@ -191,8 +191,8 @@ def split(batch: Batch, micro_batch_tokens: int) -> list[Batch]:
         assert batch.attention is not None
         lengths = batch.attention.sum(dim=1).tolist()
     part = _flat_part if batch.layout == "flat" else _padded_part
-    groups = _groups(batch.layout, lengths, micro_batch_tokens)
-    return [part(batch, lengths, group) for group in groups]
+    parts = groups(batch.layout, lengths, micro_batch_tokens)
+    return [part(batch, lengths, group) for group in parts]
 
 
 def _flat_part(batch: Batch, lengths: Sequence[int], chosen: Sequence[int]) -> Batch:
@@ -306,7 +306,8 @@ def _targets(sample: Sample) -> NDArray[np.int64]:
     return targets
 
 
-def _groups(layout: LayoutName, lengths: Sequence[int], budget: int) -> list[list[int]]:
+def groups(layout: LayoutName, lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Samples of these lengths, by their indices, as micro-batches of at most so many tokens."""
     return (_flat_groups if layout == "flat" else _padded_groups)(lengths, budget)
 
 

@@ -33,6 +33,11 @@ def parse_status(text: str) -> tuple[int, int]:
     return anonymous * 1024, kilobytes.get("RssFile", 0) * 1024
 
 
+def anonymous() -> int:
+    """Anonymous and shared memory of this process now, in bytes; 0 where there is no /proc."""
+    return parse_status(STATUS.read_text())[0] if STATUS.exists() else 0
+
+
 def resident_peak() -> int | None:
     """The highest resident memory in bytes since the process began; None on Windows."""
     try:

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from decal.data.batch import Batch
+from decal.kernels import ops
 from decal.model import attention, heads, last_hidden
 from decal.objectives import Objective
+
+_ROWS = 64
+"""Logits of so many tokens exist at a time where their likeliest is all that is wanted."""
 
 
 def head_of(model: Any, objective: Objective) -> last_hidden.PlainHead | None:
@@ -43,3 +48,18 @@ def batch_losses(
     if objective.POOLS:
         return objective.losses(heads.forward(model, batch), targets)
     return objective.losses(attention.forward(model, batch, keep), targets)
+
+
+@torch.no_grad()
+def likeliest(
+    model: Any, batch: Batch, objective: Objective, head: last_hidden.PlainHead | None
+) -> Tensor:
+    """int64 [N]: what the model holds most likely, wherever `batch_losses` has a loss."""
+    keep = objective.trained_positions(batch)
+    if objective.POOLS:
+        return heads.forward(model, batch).argmax(-1)
+    if head is None:
+        return attention.forward(model, batch, keep).argmax(-1)
+    hidden = last_hidden.forward(model, head, batch, keep)
+    parts = hidden.split(_ROWS)
+    return torch.cat([ops.project(part, head.weight, head.bias).argmax(-1) for part in parts])

@@ -7,7 +7,7 @@ can be found without weights is found in inputs.py before any are read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from decal.data.sample import Sample
 from decal.errors import QuantError
 from decal.model import attention, heads, last_hidden, switches
 from decal.model.heap import keeping_freed
-from decal.model.inject import adapters_of, fused_line, trainable_line
+from decal.model.inject import adapters_of, fused_line, trainable_line, trainable_parameters
 from decal.model.size import bits_per_weight
 from decal.model.targets import TargetTable
 from decal.model.unquantized import left_unquantized
@@ -40,7 +40,7 @@ from decal.verbs.inputs import (
     trained,
 )
 from decal.verbs.load import load_base
-from decal.verbs.loss import batch_losses, head_of
+from decal.verbs.loss import batch_losses, head_of, likeliest
 from decal.verbs.same_base import hashing
 
 Say = Callable[[str], None]
@@ -79,6 +79,12 @@ class Session:
         """What is trained, by name; see `inputs.trained`."""
         return trained(self.model, self.adapter)
 
+    def sizes(self) -> tuple[int, int]:
+        """Parameters that are trained, and those of the model with them alone."""
+        trainable, total = trainable_parameters(self.model)
+        own = sum(p.numel() for p in self.parameters.values())
+        return own, total - trainable + own
+
     def loss(self, batch: Batch, epoch: int | None) -> tuple[Tensor, int]:
         """Sum of the token losses of a micro-batch, and its trained tokens.
 
@@ -100,18 +106,32 @@ class Session:
 
     @torch.no_grad()
     def scores(self) -> dict[str, float]:
-        """`eval_accuracy` and `eval_macro_f1` of a classifier with evaluation rows, or nothing."""
-        if not OBJECTIVES[self.config.objective].POOLS or not self.eval_batches:
+        """How well the evaluation rows are predicted; nothing without any.
+
+        `eval_accuracy` is the share of rows, all of whose trained tokens are the likeliest ones
+        (so that greedy decoding would write them), and `eval_token_accuracy` that of the tokens.
+        For a classifier it is the share of labels that are right, and `eval_macro_f1` comes with
+        it.
+        """
+        objective = OBJECTIVES[self.config.objective]
+        if not self.eval_batches:
             return {}
         predicted: list[int] = []
-        labels: list[int] = []
-        for batch in self.eval_batches:
-            with routed(self._routing(batch, None, batch.targets)):
-                logits = heads.forward(self.model, batch.to(self.model.device))
-            predicted += logits.argmax(dim=-1).tolist()
-            labels += classify.targets(batch).tolist()
-        found = classify.scores(predicted, labels)
-        return {f"eval_{name}": value for name, value in found.items()}
+        wanted: list[int] = []
+        rows: list[int] = []
+        self.model.eval()
+        with attention.flat_attention(self.model) if self.flat else nullcontext():
+            for batch in self.eval_batches:
+                batch = batch.to(self.model.device)
+                keep = objective.trained_positions(batch)
+                with routed(self._routing(batch, None, keep)):
+                    predicted += likeliest(self.model, batch, objective, self.head).tolist()
+                wanted += objective.targets(batch).tolist()
+                rows += batch.sample_ids.flatten()[keep].tolist() if not objective.POOLS else []
+        if objective.POOLS:
+            found = classify.scores(predicted, wanted)
+            return {f"eval_{name}": value for name, value in found.items()}
+        return _shares(predicted, wanted, rows)
 
     def _routing(self, batch: Batch, epoch: int | None, head: Tensor) -> Routing | None:
         """Adapter and dropout of one pass; `head` are the rows of the batch that reach the head."""
@@ -143,6 +163,17 @@ class Session:
             stack.callback(self.model.train, before)
             self.model.train()
             yield
+
+
+def _shares(predicted: list[int], wanted: list[int], rows: list[int]) -> dict[str, float]:
+    """Of tokens that are right, and of rows that have no wrong one."""
+    wrong = {row for p, w, row in zip(predicted, wanted, rows, strict=True) if p != w}
+    right = sum(p == w for p, w in zip(predicted, wanted, strict=True))
+    count = len(set(rows))
+    return {
+        "eval_accuracy": (count - len(wrong)) / count,
+        "eval_token_accuracy": right / len(wanted),
+    }
 
 
 def _recompute_contexts() -> tuple[Any, Any]:

@@ -34,8 +34,9 @@ from decal.verbs import joint, plateau
 from decal.verbs.findings import before
 from decal.verbs.grid import Candidate, candidate, candidates, groups, joinable, lines
 from decal.verbs.inputs import Inputs, look, look_again
+from decal.verbs.leaves import finish, job_of, open_run, tidy, write_info
+from decal.verbs.planned import planned
 from decal.verbs.session import Say, Session, begin, beside
-from decal.verbs.train import finish, job_of, open_run, tidy, write_info
 
 RANK, SEED = "adapter.r", "train.seed"
 OVER = ("done", "stopped", "failed")
@@ -321,7 +322,7 @@ class _Work:
             for each, _ in wave:
                 resume = (Path(each.config.output) / "run.yaml").exists()
                 runs[each.name] = stack.enter_context(open_run(each.config, resume=resume))
-                write_info(sessions[each.name], runs[each.name], each.config.output)
+                write_info(sessions[each.name], runs[each.name], planned(sessions[each.name]))
                 self._note(each, "training")
             judge = self._judge(sessions) if self.ways.halving else None
             with base.session.training():
