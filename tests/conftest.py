@@ -23,8 +23,8 @@ def _no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
     Those of session and module fixtures do, and so do runs in processes of their own.
     """
-    if "decal.verbs.train" in sys.modules:
-        monkeypatch.setattr("decal.verbs.train.report", lambda folder: folder)
+    if "decal.verbs.leaves" in sys.modules:
+        monkeypatch.setattr("decal.verbs.leaves.report", lambda folder: folder)
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,8 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("parameters", "cli/compare.py:compare"): "typer makes one option of each parameter",
     ("parameters", "cli/generate.py:generate"): "typer makes one option of each parameter",
     ("parameters", "cli/merge.py:merge"): "typer makes one option of each parameter",
+    ("parameters", "cli/plan.py:plan"): "typer makes one option of each parameter",
+    ("parameters", "cli/sweep.py:sweep"): "typer makes one option of each parameter",
     **{
         ("parameters", f"kernels/{file}.py:attention_flat_backward"): "what forward took and gave"
         for file in ("ops", "native_attention", "fused_attention", "reference_attention")
@@ -67,6 +69,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("parameters", "verbs/compare.py:compare"): "public; each is an option of the command",
     ("parameters", "verbs/generate.py:generate"): "public; each is an option of the command",
     ("parameters", "verbs/merge.py:merge"): "public; each is an option of the command",
+    ("parameters", "verbs/sweep.py:sweep"): "public; each is an option of the command",
 }
 """(rule, place) -> why this one may stay."""
 

@@ -21,8 +21,10 @@ from decal.version import __version__
 COMMANDS = [
     "quickstart",
     "init",
+    "plan",
     "check",
     "train",
+    "sweep",
     "generate",
     "compare",
     "inspect",

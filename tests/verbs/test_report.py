@@ -78,7 +78,7 @@ def test_a_report_that_fails_costs_no_run(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("no ink")
 
-    monkeypatch.setattr("decal.verbs.train.report", fail)
+    monkeypatch.setattr("decal.verbs.leaves.report", fail)
     told: list[Event] = []
     config = settings(tmp_path, train={"max_steps": 1, "batch_size": 2}, quant="none")
     done = train(config, observe=told.append)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from decal.cli import console
+
+if TYPE_CHECKING:
+    from decal.verbs.sweep import SweepResult
 
 
 def sweep(
@@ -31,6 +34,12 @@ def sweep(
     halving: Annotated[
         bool, typer.Option("--halving", help="End losing candidates early, never the last two.")
     ] = False,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory to take, 15GB or 15GiB; more train in waves.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, help="Evaluation rows that all candidates answer at the end.")
+    ] = 4,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing sweep.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Results for programs.")] = False,
@@ -43,27 +52,23 @@ def sweep(
     Trains all combinations side by side over one base. Each leaves a run folder of its own in the
     output folder, with an adapter that is what it would have been alone.
     """
-    from decal.errors import ConfigError
     from decal.runfile import load_run
 
     config = load_run(run, overrides or [])
-    if threshold is not None and not (until_plateau and 0 < threshold < 1):
-        raise ConfigError(
-            "--threshold is a share between 0 and 1 that goes with --until-plateau",
-            hint="--until-plateau --threshold 0.01",
-        )
 
     from decal.cli.progress import SweepProgress
-    from decal.verbs.sweep import Ways
+    from decal.plan.units import parse_memory
     from decal.verbs.sweep import sweep as run_sweep
 
-    ways = Ways(until_plateau=until_plateau, threshold=threshold, halving=halving)
-    values = dict(_values(text) for text in grid or ())
     with SweepProgress(console.log()) as progress:
         result = run_sweep(
             config,
-            values,
-            ways,
+            dict(_values(text) for text in grid or ()),
+            until_plateau=until_plateau,
+            threshold=threshold,
+            halving=halving,
+            memory=None if memory is None else parse_memory(memory),
+            samples=samples,
             resume=resume,
             force=force,
             observe=progress.observe,
@@ -72,11 +77,15 @@ def sweep(
     if as_json:
         console.show_json(result.to_dict())
     else:
-        console.table(result.rows())
-        for line in result.lines():
-            console.write(line)
+        _show(result)
     if result.failed:
         raise typer.Exit(1)
+
+
+def _show(result: SweepResult) -> None:
+    console.table(result.rows())
+    for line in result.lines():
+        console.write(line)
 
 
 def _values(text: str) -> tuple[str, list[Any]]:

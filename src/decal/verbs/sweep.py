@@ -13,15 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from decal.config import LoraConfig, RunConfig
+from decal.config import RunConfig
 from decal.errors import ConfigError
 from decal.model.heap import give_back_freed
-from decal.model.inject import detach
+from decal.model.inject import adapters_of, detach
 from decal.model.state import train_only
 from decal.runfile import dump_run, parse_run
 from decal.store.run import RunFolder
@@ -36,7 +36,10 @@ from decal.verbs.grid import Candidate, candidate, candidates, groups, joinable,
 from decal.verbs.inputs import Inputs, look, look_again
 from decal.verbs.leaves import finish, job_of, open_run, tidy, write_info
 from decal.verbs.planned import planned
+from decal.verbs.report import NAME as REPORT
+from decal.verbs.report import gather, write_report
 from decal.verbs.session import Say, Session, begin, beside
+from decal.verbs.waves import waves
 
 RANK, SEED = "adapter.r", "train.seed"
 OVER = ("done", "stopped", "failed")
@@ -68,6 +71,8 @@ class SweepResult:
     tried: tuple[Tried, ...]
     verdict: str | None
     """Of `until_plateau`: where doubling ended, and why."""
+    advice: str
+    """What the report recommends, in a sentence; empty where there is nothing to compare."""
 
     @property
     def failed(self) -> list[Tried]:
@@ -94,12 +99,20 @@ class SweepResult:
         found = [f"{each.name}: {each.why}" for each in self.tried if each.why]
         if self.verdict is not None:
             found.append(self.verdict)
-        return [*found, f"sweep  {self.sweep}"]
+        if self.advice:
+            found.append(self.advice)
+        report = self.sweep / REPORT
+        return [*found, f"report  {report}"] if report.exists() else found
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, for programs."""
         tried = [{**vars(each), "run": str(each.run)} for each in self.tried]
-        return {"sweep": str(self.sweep), "candidates": tried, "verdict": self.verdict}
+        return {
+            "sweep": str(self.sweep),
+            "candidates": tried,
+            "verdict": self.verdict,
+            "advice": self.advice,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +126,14 @@ class Ways:
     halving: bool = False
     """End losing candidates early."""
 
+    def __post_init__(self) -> None:
+        if self.threshold is not None and not (self.until_plateau and 0 < self.threshold < 1):
+            raise ConfigError(
+                f"a threshold of {self.threshold:g} means nothing here: it is a share between 0 and"
+                " 1, and goes with --until-plateau",
+                hint="--until-plateau --threshold 0.01",
+            )
+
     def state(self) -> dict[str, Any]:
         """For sweep.json."""
         return dict(vars(self))
@@ -121,8 +142,12 @@ class Ways:
 def sweep(
     config: RunConfig,
     grid: Mapping[str, Sequence[Any]],
-    ways: Ways | None = None,
     *,
+    until_plateau: bool = False,
+    threshold: float | None = None,
+    halving: bool = False,
+    memory: int | None = None,
+    samples: int = 0,
     resume: bool = False,
     force: bool = False,
     observe: Observe | None = None,
@@ -133,7 +158,14 @@ def sweep(
     Args:
         config: the run that candidates vary; each trains into a folder below its output.
         grid: dotted keys of settings and their values: {"adapter.r": [4, 8, 16]}.
-        ways: `until_plateau`, `halving`.
+        until_plateau: double r, from 4 or from the one value of adapter.r in the grid, until the
+            evaluation loss stops improving.
+        threshold: the share of the loss that counts as an improvement; without it two seeds of
+            each rank are trained, and their difference is the noise.
+        halving: end losing candidates early, never the last two.
+        memory: bytes that may be taken; without it what is free.
+        samples: so many evaluation rows are answered by the base and all candidates, for the
+            report.
         resume: go on with the sweep of that folder; config, grid and ways must be the same.
         force: remove an earlier sweep there.
         observe: hears every candidate's events.
@@ -142,11 +174,12 @@ def sweep(
     Raises:
         ConfigError: a grid that is none, or another than that of the sweep that is resumed.
         OutputError: the folder is in use.
+        TrainingError: one candidate alone needs more than `memory`.
         StorageError, Interrupted: every candidate has its checkpoint.
         Whatever a run of the first candidate's settings raises before step 1.
     """
     set_workspace()
-    ways = ways or Ways()
+    ways = Ways(until_plateau=until_plateau, threshold=threshold, halving=halving)
     say = say or (lambda line: None)
     observe = observe or (lambda name, event: None)
     first = _first_round(config, grid, ways)
@@ -156,11 +189,26 @@ def sweep(
     if not resume:
         SweepFolder.check_new(config.output, force=force)
     with _opened(config, grid, ways, first, resume=resume, force=force) as folder:
-        work = _Work(folder, config, grid, ways, observe, say)
+        work = _Work(folder, config, ways, memory, observe, say)
         for inputs in seen:
             work.train(inputs)
-        verdict = work.double(seen[0]) if ways.until_plateau else None
-        return SweepResult(sweep=folder.path, tried=tuple(work.tried()), verdict=verdict)
+        verdict = work.double(seen[0]) if until_plateau else None
+        advice = _reported(folder.path, samples, observe)
+        tried = tuple(work.tried())
+        return SweepResult(sweep=folder.path, tried=tried, verdict=verdict, advice=advice)
+
+
+def _reported(sweep: Path, samples: int, observe: Observe) -> str:
+    """Writes the report and gives what it recommends. The sweep is whole without it."""
+    try:
+        page, out = gather(sweep, samples=samples)
+        write_report(page, out)
+        return page.advice.text
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        text = f"the sweep is whole, but its report could not be written: {reason}"
+        observe(None, Note(text=text))
+        return ""
 
 
 def _first_round(
@@ -251,28 +299,29 @@ class _Work:
 
     folder: SweepFolder
     config: RunConfig
-    grid: Mapping[str, Sequence[Any]]
     ways: Ways
+    memory: int | None
     observe: Observe
     say: Say
-    runs: dict[str, Path] = field(default_factory=dict)
 
     def train(self, looked: Looked) -> None:
         """Trains those candidates of a group that are not over, wave by wave."""
         for each, _ in looked:
-            self.runs[each.name] = Path(each.config.output)
             self._note(each, None)
         left = [(e, found) for e, found in looked if self._entry(e.name)["status"] not in OVER]
         if not left:
             return
-        base = _Base(left[0][1], self.say)
         for finding in before(left[0][1]):
             if finding.level == "problem":
                 raise finding.as_problem("train a run with --no-check to see it all the same").error
             if finding.level == "warning":
                 self.observe(None, Note(text=finding.line()))
-        for wave in base.waves(left):
-            self._wave(base, wave)
+        base = _Base(*left[0], self.say)
+        inputs = {each.name: found for each, found in left}
+        together = [each for each, _ in left if joinable(each.config)]
+        alone = [[each] for each, _ in left if not joinable(each.config)]
+        for wave in [*waves(base.session, together, self.memory, self.say), *alone]:
+            self._wave(base, [(each, inputs[each.name]) for each in wave])
 
     def double(self, looked: Looked) -> str:
         """Doubles the rank until that stops paying; says where, and why."""
@@ -392,47 +441,37 @@ class _Work:
 
 
 class _Base:
-    """The base of one group, loaded when the first candidate needs it."""
+    """The base of one group, with the adapters of a wave on it.
 
-    def __init__(self, found: Inputs, say: Say):
-        self._found = found
+    Args:
+        first: a candidate whose adapter is attached from the start.
+        found: what that one begins with.
+    """
+
+    def __init__(self, first: Candidate, found: Inputs, say: Say):
         self._say = say
-        self._session: Session | None = None
-
-    @property
-    def session(self) -> Session:
-        """Any candidate's, for what all have in common."""
-        assert self._session is not None
-        return self._session
-
-    def waves(self, looked: Looked) -> list[Looked]:
-        """Candidates that are trained together."""
-        waves: list[Looked] = []
-        together: Looked = []
-        for each, found in looked:
-            if joinable(each.config):
-                together.append((each, found))
-            else:
-                waves.append([(each, found)])
-        return [together, *waves] if together else waves
+        self.session = begin(found, say, first.name)
+        """The first candidate's, for what all have in common."""
 
     def attach(self, wave: Looked) -> dict[str, Session]:
-        """Every candidate's session; all adapters are on the one model, and trainable."""
+        """Every candidate's session; all their adapters are on the one model, and trainable."""
+        model = self.session.model
         sessions: dict[str, Session] = {}
+        there = set(adapters_of(model))
+        if leaving := there - {each.name for each, _ in wave}:
+            self.detach(sorted(leaving))
         for each, found in wave:
-            if self._session is None:
-                self._session = begin(found, self._say, each.name)
-                sessions[each.name] = self._session
+            if each.name in there:
+                sessions[each.name] = self.session
             else:
-                sessions[each.name] = beside(self._session, found, each.name)
-            adapter = each.config.adapter
-            shown = f", r {adapter.r}" if isinstance(adapter, LoraConfig) else ""
-            self._say(f"candidate {each.name}{shown}")
-        train_only(self.session.model, frozenset(sessions))
+                sessions[each.name] = beside(self.session, found, each.name)
+            own, _ = sessions[each.name].sizes()
+            self._say(f"candidate {each.name}: {own:,} trainable parameters")
+        train_only(model, frozenset(sessions))
         return sessions
 
     def detach(self, names: Sequence[str]) -> None:
-        """The base alone again."""
+        """Takes these off again."""
         for name in names:
             detach(self.session.model, name)
         give_back_freed()

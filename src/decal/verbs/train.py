@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from decal.config import RunConfig
 from decal.markup import facts
+from decal.plan.memory import Peak
 from decal.report import live, trackers
 from decal.report.figures import spectrum_figure
 from decal.report.plots import loss_figure
@@ -112,8 +113,7 @@ def train(
     Raises:
         ConfigError: settings that contradict each other or the run that is resumed.
         OutputError: the folder is in use.
-        TrainingError, StorageError, Interrupted: see `decal.train.loop`.
-        Whatever `prepare` raises.
+        TrainingError, StorageError, Interrupted: see `decal.train.loop`; and all of `prepare`'s.
     """
     set_workspace()
     say = say or (lambda line: None)
@@ -121,8 +121,7 @@ def train(
     refuse_own_output(config)
     ready = partial(_prepare, config, check, allow_other_base, observe, say)
     if dry_run:
-        steps, size = ready().total_steps, config.train.batch_size
-        say(f"{steps:,} steps of {size} samples; dry run, nothing written")
+        say(f"{ready().total_steps:,} steps; dry run, nothing written")
         return None
     if not resume:  # before the wait for model and data, and again when the folder is made
         RunFolder.check_new(config.output, force=force)
@@ -135,10 +134,7 @@ def train(
         with session.training(), _reporting(config, run, observe) as report:
             result = run_loop(job_of(session, run, report, resume))
         weights, scores = finish(session, run, result, observe)
-    line, warning = verdict(expected, result.memory.bytes)
-    say(line)
-    if warning is not None:
-        observe(Note(text=warning))
+    _say_memory(expected, result, say, observe)
     trainable, total = session.sizes()
     return RunResult(
         run=run.path,
@@ -149,6 +145,14 @@ def train(
         total_params=total,
         session=session,
     )
+
+
+def _say_memory(expected: Peak, result: Result, say: Say, observe: Callable[[Event], None]) -> None:
+    """What was planned and what was measured; a warning where they are far apart."""
+    line, warning = verdict(expected, result.memory.bytes)
+    say(line)
+    if warning is not None:
+        observe(Note(text=warning))
 
 
 def _prepare(

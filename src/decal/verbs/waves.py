@@ -1,0 +1,112 @@
+"""How many candidates of a sweep train together: as many as memory has room for.
+
+Each brings masters, gradients and moments of its own; the base is there once, and a joint pass
+holds the activations of no more tokens than a pass of one run does. What that comes to is planned
+(plan/memory.py) for one more candidate at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from decal.config import LoraConfig
+from decal.errors import TrainingError
+from decal.model.inject import adapters_of
+from decal.plan.setup import Load, Setup
+from decal.plan.units import gigabytes
+from decal.train.memory import anonymous
+from decal.verbs.grid import Candidate
+from decal.verbs.lengths import Lengths, load_of
+from decal.verbs.planned import planned_together, setup_of
+from decal.verbs.session import Say, Session
+
+MEMINFO = Path("/proc/meminfo")
+
+
+def room(session: Session) -> int | None:
+    """Bytes that this process could take in all; None where the system does not say."""
+    device = session.model.device
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_allocated(device)
+    if device.type != "cpu" or not MEMINFO.exists():
+        return None
+    for line in MEMINFO.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024 + anonymous()
+    return None
+
+
+def waves(
+    session: Session, candidates: Sequence[Candidate], memory: int | None, say: Say
+) -> list[list[Candidate]]:
+    """The candidates, in order, in waves that fit.
+
+    Args:
+        session: of the first of them.
+        candidates: that may share a pass.
+        memory: bytes that may be taken; None goes by what is free, and warns where it is not
+            enough even for one.
+
+    Raises:
+        TrainingError: a candidate needs more than `memory` even alone.
+    """
+    limit = memory or room(session)
+    if limit is None or not candidates:
+        return [list(candidates)] if candidates else []
+    setup = setup_of(session)
+    found: list[list[Candidate]] = [[]]
+    for each in candidates:
+        needed = _needed(session, setup, [*found[-1], each])
+        if needed > limit and found[-1]:
+            found.append([])
+            needed = _needed(session, setup, [each])
+        if needed > limit:
+            what = f"candidate {each.name} needs about {gigabytes(needed)} of memory"
+            if memory is not None:
+                raise TrainingError(
+                    f"{what}, and {gigabytes(memory)} are given",
+                    hint="`decal plan RUN.yaml --memory …` says what would make it fit",
+                )
+            say(f"{what}, more than the {gigabytes(limit)} that are free")
+        found[-1].append(each)
+    if len(found) > 1:
+        sizes = ", ".join(str(len(wave)) for wave in found)
+        say(
+            f"{len(candidates)} candidates in waves of {sizes}: more do not fit into memory at once"
+        )
+    return found
+
+
+def _needed(session: Session, setup: Setup, wave: Sequence[Candidate]) -> int:
+    layout = "flat" if session.flat else "padded"
+    lengths = Lengths.of(session.samples)
+    loads = [load_of(lengths, each.config, layout) for each in wave]  # type: ignore[arg-type]
+    most = max(session.config.train.micro_batch_tokens, *(load.tokens for load in loads))
+    share = min(1.0, most / sum(load.tokens for load in loads))
+    adapters = [_settings(session, each) for each in wave]
+    cut = [_cut(load, share) for load in loads]
+    return planned_together(setup, session.model, adapters, cut).reported
+
+
+def _settings(session: Session, each: Candidate) -> LoraConfig:
+    """A candidate's adapter; one that goes on with an adapter has the settings of that."""
+    own = each.config.adapter
+    return own if isinstance(own, LoraConfig) else adapters_of(session.model)[session.adapter]
+
+
+def _cut(load: Load, share: float) -> Load:
+    """The part of a pass that is left to it where not all of the rows fit into one."""
+    if share == 1.0:
+        return load
+    return replace(
+        load,
+        tokens=ceil(load.tokens * share),
+        trained=ceil(load.trained * share),
+        several=True,
+    )
