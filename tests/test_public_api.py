@@ -11,8 +11,8 @@ import decal
 
 NAMES = """
     Adapter DataConfig DecalError LoraConfig QuantConfig RunConfig TrainConfig
-    __version__ attach check compare dequantize detach diff disabled dump_run generate
-    inspect load load_base load_run merge merge_in_place mixed push quantize save_adapter
+    __version__ attach check compare dequantize detach disabled generate inspect load
+    load_base load_run merge merge_in_place mixed plan quantize report save_adapter sweep
     train use verify
 """.split()  # noqa: SIM905 (a block of names reads better)
 

@@ -25,11 +25,9 @@ if TYPE_CHECKING:
     from decal.model.inject import disabled as disabled
     from decal.model.inject import use as use
     from decal.model.use import mixed as mixed
-    from decal.runfile import dump_run as dump_run
     from decal.runfile import load_run as load_run
     from decal.verbs.check import check as check
     from decal.verbs.compare import compare as compare
-    from decal.verbs.diff import diff as diff
     from decal.verbs.generate import generate as generate
     from decal.verbs.in_place import merge_in_place as merge_in_place
     from decal.verbs.inspect import inspect as inspect
@@ -37,9 +35,11 @@ if TYPE_CHECKING:
     from decal.verbs.load import load_base as load_base
     from decal.verbs.load import save_adapter as save_adapter
     from decal.verbs.merge import merge as merge
-    from decal.verbs.push import push as push
+    from decal.verbs.plan import plan as plan
     from decal.verbs.quantize import dequantize as dequantize
     from decal.verbs.quantize import quantize as quantize
+    from decal.verbs.report import report as report
+    from decal.verbs.sweep import sweep as sweep
     from decal.verbs.train import train as train
     from decal.verbs.verify import verify as verify
 
@@ -56,9 +56,7 @@ _HOME = {
     "compare": "decal.verbs.compare",
     "dequantize": "decal.verbs.quantize",
     "detach": "decal.model.inject",
-    "diff": "decal.verbs.diff",
     "disabled": "decal.model.inject",
-    "dump_run": "decal.runfile",
     "generate": "decal.verbs.generate",
     "inspect": "decal.verbs.inspect",
     "load": "decal.verbs.load",
@@ -67,9 +65,11 @@ _HOME = {
     "merge": "decal.verbs.merge",
     "merge_in_place": "decal.verbs.in_place",
     "mixed": "decal.model.use",
-    "push": "decal.verbs.push",
+    "plan": "decal.verbs.plan",
     "quantize": "decal.verbs.quantize",
+    "report": "decal.verbs.report",
     "save_adapter": "decal.verbs.load",
+    "sweep": "decal.verbs.sweep",
     "train": "decal.verbs.train",
     "use": "decal.model.inject",
     "verify": "decal.verbs.verify",

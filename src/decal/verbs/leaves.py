@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from decal.data.pack import split
 from decal.errors import ConfigError
 from decal.model import hf
 from decal.model.heap import give_back_freed
-from decal.plan.memory import Peak
 from decal.report.plots import loss_png
 from decal.runfile import dump_run, parse_run
 from decal.store.files import atomic_folder, write_bytes
@@ -29,7 +28,6 @@ from decal.store.run import RunFolder
 from decal.train.events import Event, Job, Note, Result, StepDone
 from decal.train.room import fitting
 from decal.verbs.load import save_adapter
-from decal.verbs.planned import planned_info
 from decal.verbs.provenance import run_facts
 from decal.verbs.report import NAME, report
 from decal.verbs.same_base import fingerprint_of
@@ -76,12 +74,12 @@ def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
     return lines
 
 
-def write_info(session: Session, run: RunFolder, expected: Peak) -> None:
-    """info.json of a run that is about to begin, with the memory it is planned to take.
+def write_info(session: Session, run: RunFolder, expected: Mapping[str, Any]) -> None:
+    """info.json of a run that is about to begin; `expected` is the memory it is planned to take.
 
     Raises ConfigError where a resumed run finds another base or other data than it began with.
     """
-    before, now = run.info(), {**_info(session), "planned": planned_info(expected)}
+    before, now = run.info(), {**_info(session), "planned": dict(expected)}
     if not before:  # a new run, or one that was killed before it got here
         run.write_info(now)
         return

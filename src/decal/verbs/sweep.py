@@ -11,7 +11,7 @@ More candidates than memory has room for are trained in waves over the base that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -23,23 +23,24 @@ from decal.errors import ConfigError
 from decal.model.heap import give_back_freed
 from decal.model.inject import adapters_of, detach
 from decal.model.state import train_only
+from decal.plan.memory import Peak
 from decal.runfile import dump_run, parse_run
 from decal.store.run import RunFolder
 from decal.store.sweep import SweepFolder
 from decal.train.events import Event, Job, Note, Result
 from decal.train.exact import set_workspace
 from decal.train.halving import Halving
-from decal.train.together import Judge, train_together
+from decal.train.together import Judge, Outcome, train_together
 from decal.verbs import joint, plateau
 from decal.verbs.findings import before
 from decal.verbs.grid import Candidate, candidate, candidates, groups, joinable, lines
 from decal.verbs.inputs import Inputs, look, look_again
 from decal.verbs.leaves import finish, job_of, open_run, tidy, write_info
-from decal.verbs.planned import planned
+from decal.verbs.planned import planned, planned_info, verdict
 from decal.verbs.report import NAME as REPORT
 from decal.verbs.report import gather, write_report
 from decal.verbs.session import Say, Session, begin, beside
-from decal.verbs.waves import waves
+from decal.verbs.waves import expected, waves
 
 RANK, SEED = "adapter.r", "train.seed"
 OVER = ("done", "stopped", "failed")
@@ -368,10 +369,13 @@ class _Work:
             sessions = base.attach(wave)
             stack.callback(base.detach, list(sessions))
             runs = {}
+            peak = expected(base.session, [each for each, _ in wave])
             for each, _ in wave:
+                session = sessions[each.name]
                 resume = (Path(each.config.output) / "run.yaml").exists()
                 runs[each.name] = stack.enter_context(open_run(each.config, resume=resume))
-                write_info(sessions[each.name], runs[each.name], planned(sessions[each.name]))
+                alone = {"alone_bytes": planned(session).reported, "together": len(wave)}
+                write_info(session, runs[each.name], {**planned_info(peak), **alone})
                 self._note(each, "training")
             judge = self._judge(sessions) if self.ways.halving else None
             with base.session.training():
@@ -382,6 +386,7 @@ class _Work:
                     judge=judge,
                     observe=partial(self.observe, None),
                 )
+            self._say_memory(peak, outcomes.values())
             for each, _ in wave:
                 outcome = outcomes[each.name]
                 if isinstance(outcome, Result):
@@ -395,6 +400,15 @@ class _Work:
                 else:
                     self._note(each, "failed", outcome.message)
                     self.observe(each.name, Note(text=f"{each.name} failed: {outcome}"))
+
+    def _say_memory(self, peak: Peak, outcomes: Iterable[Outcome]) -> None:
+        """What was planned for a wave and what it took."""
+        measured = [o.memory.bytes for o in outcomes if isinstance(o, Result)]
+        known = [size for size in measured if size is not None]
+        line, warning = verdict(peak, max(known) if known else None)
+        self.say(line)
+        if warning is not None:
+            self.observe(None, Note(text=warning))
 
     def _jobs(
         self, sessions: Mapping[str, Session], runs: Mapping[str, RunFolder]

@@ -24,7 +24,7 @@ from decal.train.loop import train as run_loop
 from decal.verbs.findings import before
 from decal.verbs.inputs import look, refuse_own_output
 from decal.verbs.leaves import finish, job_of, open_run, result_info, tidy, write_info
-from decal.verbs.planned import planned, verdict
+from decal.verbs.planned import planned, planned_info, verdict
 from decal.verbs.report import NAME
 from decal.verbs.session import Say, Session, begin
 from decal.verbs.spectrum import spectrum
@@ -130,7 +130,7 @@ def train(
         if resume:
             session = ready()
         expected = planned(session)
-        write_info(session, run, expected)
+        write_info(session, run, planned_info(expected))
         with session.training(), _reporting(config, run, observe) as report:
             result = run_loop(job_of(session, run, report, resume))
         weights, scores = finish(session, run, result, observe)

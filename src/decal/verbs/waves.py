@@ -17,6 +17,7 @@ import torch
 from decal.config import LoraConfig
 from decal.errors import TrainingError
 from decal.model.inject import adapters_of
+from decal.plan.memory import Peak
 from decal.plan.setup import Load, Setup
 from decal.plan.units import gigabytes
 from decal.train.memory import anonymous
@@ -62,10 +63,10 @@ def waves(
     setup = setup_of(session)
     found: list[list[Candidate]] = [[]]
     for each in candidates:
-        needed = _needed(session, setup, [*found[-1], each])
+        needed = _peak(session, setup, [*found[-1], each]).reported
         if needed > limit and found[-1]:
             found.append([])
-            needed = _needed(session, setup, [each])
+            needed = _peak(session, setup, [each]).reported
         if needed > limit:
             what = f"candidate {each.name} needs about {gigabytes(needed)} of memory"
             if memory is not None:
@@ -83,7 +84,12 @@ def waves(
     return found
 
 
-def _needed(session: Session, setup: Setup, wave: Sequence[Candidate]) -> int:
+def expected(session: Session, wave: Sequence[Candidate]) -> Peak:
+    """The memory that a wave is planned to take; all its adapters are attached."""
+    return _peak(session, setup_of(session), wave)
+
+
+def _peak(session: Session, setup: Setup, wave: Sequence[Candidate]) -> Peak:
     layout = "flat" if session.flat else "padded"
     lengths = Lengths.of(session.samples)
     loads = [load_of(lengths, each.config, layout) for each in wave]  # type: ignore[arg-type]
@@ -91,7 +97,7 @@ def _needed(session: Session, setup: Setup, wave: Sequence[Candidate]) -> int:
     share = min(1.0, most / sum(load.tokens for load in loads))
     adapters = [_settings(session, each) for each in wave]
     cut = [_cut(load, share) for load in loads]
-    return planned_together(setup, session.model, adapters, cut).reported
+    return planned_together(setup, session.model, adapters, cut)
 
 
 def _settings(session: Session, each: Candidate) -> LoraConfig:
