@@ -21,7 +21,7 @@ class Candidate:
 
     name: str
     status: str = "done"
-    """done | stopped (by a sweep, because others were better) | unfinished | waiting"""
+    """done | stopped (by a sweep, because others were better) | failed | unfinished | waiting"""
     why: str | None = None
     """Of `status`, in a sentence."""
     rows: Sequence[Row] = ()

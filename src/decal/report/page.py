@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from decal.markup import Child, Markup, join, tag
+from decal.markup import Markup, join, tag
+from decal.report import memory
 from decal.report.advice import Advice
 from decal.report.candidate import Candidate, differing
 from decal.report.figures import kept_figure, losses_figure, quality_figure, run_figure
@@ -22,8 +23,6 @@ from decal.report.spectra import percent
 from decal.report.svg import PLACEHOLDERS, inline
 from decal.report.tables import size
 
-OVER = 0.2
-"""Measured memory above the plan by which share is worth a word."""
 LONGEST = 3000
 """Characters of a sample that are shown."""
 
@@ -66,7 +65,7 @@ def render(report: Report) -> str:
         _curves(report),
         _table(report),
         _samples(report),
-        _memory(report),
+        memory.section_of(report.candidates, report.several),
         _spectra(report),
         _foot(report),
     ]
@@ -119,9 +118,10 @@ def _standing(one: Candidate) -> str:
             f"{one.name} has not ended: it is at step {one.last_step:,}{of}. It is training still,"
             " or was stopped; decal train --resume goes on."
         )
-    if one.status == "stopped":
+    if one.status in ("stopped", "failed"):
         why = f": {one.why}" if one.why else "."
-        return f"{one.name} was stopped at step {one.last_step:,}{of}{why}"
+        ended = "failed" if one.status == "failed" else "was stopped"
+        return f"{one.name} {ended} at step {one.last_step:,}{of}{why}"
     return f"{one.name} is {one.status}."
 
 
@@ -276,7 +276,8 @@ COLUMNS = (
             tile=True),
     _Column("of all parameters", _share),
     _Column("size on disk", lambda one: size(one.nbytes) if one.nbytes else None),
-    _Column("peak memory", _number("peak_memory_bytes", lambda v: size(round(v))), tile=True),
+    _Column("peak memory", memory.peak, tile=True),
+    _Column("memory alone, planned", memory.alone),
     _Column("time", _number("seconds", duration), tile=True),
     _Column("tokens/s", _number("tokens_per_second", lambda v: f"{v:,.0f}"), tile=True),
     _Column("steps", lambda one: f"{one.last_step:,}" if one.last_step else None),
@@ -357,55 +358,6 @@ def _answer(name: str, output: str, expected: str | None) -> Markup:
 def _cut(text: str) -> str:
     rest = len(text) - LONGEST
     return text if rest <= 0 else f"{text[:LONGEST]}… ({rest:,} more characters)"
-
-
-def _memory(report: Report) -> Markup:
-    """Planned beside measured; runs that have not both are left out."""
-    found = [
-        (one, planned, measured)
-        for one in report.candidates
-        if (planned := _bytes(one)) and (measured := one.number("peak_memory_bytes"))
-    ]
-    if not found:
-        return join(())
-    top = max(max(planned, measured) for _, planned, measured in found)
-    rows: list[Child] = []
-    lines = []
-    for one, planned, measured in found:
-        off = measured / planned - 1
-        name = one.name if report.several else ""
-        rows += [
-            tag("span", f"{name} planned".strip(), class_="name"),
-            _bar(planned / top, size(round(planned)), None),
-            tag("span", f"{name} measured".strip(), class_="name"),
-            _bar(measured / top, f"{size(round(measured))} ({off:+.0%})", "m"),
-        ]
-        if off > OVER:
-            lines.append(f"{one.name} took {off:.0%} more memory than planned.")
-    return section(
-        "Memory, planned and measured",
-        tag("div", *rows, class_="bars"),
-        *(tag("p", line, class_="note") for line in lines),
-        None if report.several else _parts(found[0][0]),
-    )
-
-
-def _bytes(one: Candidate) -> float | None:
-    value = (one.planned or {}).get("peak_bytes")
-    return float(value) if isinstance(value, int | float) and value > 0 else None
-
-
-def _bar(share: float, label: str, kind: str | None) -> Markup:
-    width = tag("i", class_=kind, style=f"width:calc((100% - 10em)*{share:.4f})")
-    return tag("div", width, tag("span", label), class_="bar")
-
-
-def _parts(one: Candidate) -> Markup | None:
-    parts = (one.planned or {}).get("parts")
-    if not isinstance(parts, Mapping) or not parts:
-        return None
-    rows = [(str(name), size(v)) for name, v in parts.items() if isinstance(v, int)]
-    return join((tag("h3", "The plan's parts"), table(("", "bytes"), rows)))
 
 
 def _spectra(report: Report) -> Markup:

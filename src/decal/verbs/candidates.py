@@ -21,7 +21,7 @@ from decal.untrusted import may_be_path
 from decal.verbs.spectrum import BaseNorms, spectrum
 
 SWEEP = "sweep.json"
-_STATES = ("done", "stopped", "waiting", "training")
+_STATES = ("done", "stopped", "failed", "waiting", "training")
 _ABOUT = ("decal", "torch", "transformers", "device", "threads", "machine")
 
 
@@ -148,8 +148,8 @@ def _candidate(entry: _Entry, norms: BaseNorms | None) -> Candidate:
     info, faults = run.info(), []
     result, planned = (_mapping(info.get(name)) for name in ("result", "planned"))
     status = "done" if result else "unfinished"
-    if entry.status == "stopped":
-        status = "stopped"
+    if entry.status in ("stopped", "failed"):
+        status = entry.status
     try:
         settings = dict(_flat(load_run(folder / "run.yaml").model_dump(mode="json", by_alias=True)))
     except DecalError as error:
