@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from decal.verbs.load import load_base as load_base
     from decal.verbs.load import save_adapter as save_adapter
     from decal.verbs.merge import merge as merge
+    from decal.verbs.plan import plan as plan
     from decal.verbs.push import push as push
     from decal.verbs.quantize import dequantize as dequantize
     from decal.verbs.quantize import quantize as quantize
@@ -67,6 +68,7 @@ _HOME = {
     "merge": "decal.verbs.merge",
     "merge_in_place": "decal.verbs.in_place",
     "mixed": "decal.model.use",
+    "plan": "decal.verbs.plan",
     "push": "decal.verbs.push",
     "quantize": "decal.verbs.quantize",
     "save_adapter": "decal.verbs.load",

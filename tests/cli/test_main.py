@@ -21,6 +21,7 @@ from decal.version import __version__
 COMMANDS = [
     "quickstart",
     "init",
+    "plan",
     "check",
     "train",
     "generate",

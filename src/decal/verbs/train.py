@@ -21,6 +21,7 @@ from decal.errors import ConfigError
 from decal.model import hf
 from decal.model.heap import give_back_freed
 from decal.model.inject import trainable_parameters
+from decal.plan.memory import Peak
 from decal.report import trackers
 from decal.report.plots import loss_png
 from decal.runfile import dump_run, parse_run
@@ -120,16 +121,11 @@ def train(
     with _open_run(config, resume=resume, force=force) as run:
         if resume:
             session = ready()
-        _write_info(session, run, config.output)
-        expected = planned(session)
-        run.write_info({**run.info(), "planned": planned_info(expected)})
+        expected = _write_info(session, run, config.output)
         with session.training(), _reporting(config, run, observe) as report:
             result = run_loop(_job(session, run, report, resume))
         weights, scores = _finish(session, run, result)
-    line, warning = verdict(expected, result.memory.bytes)
-    say(line)
-    if warning is not None:
-        observe(Note(text=warning))
+        _compare(expected, result, observe, say)
     trainable, total = trainable_parameters(session.model)
     return RunResult(
         run=run.path,
@@ -140,6 +136,14 @@ def train(
         total_params=total,
         session=session,
     )
+
+
+def _compare(expected: Peak, result: Result, observe: Callable[[Event], None], say: Say) -> None:
+    """Says what was planned and what was measured, and warns where that is far apart."""
+    line, warning = verdict(expected, result.memory.bytes)
+    say(line)
+    if warning is not None:
+        observe(Note(text=warning))
 
 
 def _finish(session: Session, run: RunFolder, result: Result) -> tuple[Path, dict[str, float]]:
@@ -229,12 +233,16 @@ def _changed(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
     return lines
 
 
-def _write_info(session: Session, run: RunFolder, output: str) -> None:
-    """info.json of a new run; a resumed one must find the base and the data it began with."""
-    before, now = run.info(), _info(session)
+def _write_info(session: Session, run: RunFolder, output: str) -> Peak:
+    """info.json of a new run; a resumed one must find the base and the data it began with.
+
+    Returns what the run is going to need, which is written there too.
+    """
+    expected = planned(session)
+    before, now = run.info(), _info(session) | {"planned": planned_info(expected)}
     if not before:  # a new run, or one that was killed before it got here
         run.write_info(now)
-        return
+        return expected
     inputs = {"base_fingerprint": "base", "quantizer_identity": "quantized base", "data": "data"}
     changed = [
         f"{what}: {key} was {before[key]}, is {now[key]}"
@@ -248,6 +256,7 @@ def _write_info(session: Session, run: RunFolder, output: str) -> None:
             details=changed,
             hint="put back what it began with, or start over with --force",
         )
+    return expected
 
 
 def _job(session: Session, run: RunFolder, observe: Callable[[Event], None], resume: bool) -> Job:
