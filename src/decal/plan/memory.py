@@ -20,7 +20,8 @@ trained tokens, H the hidden size, V the vocabulary, e the bytes of the compute 
 
 The peak of a step is the largest of
 
-    activations + max(loss, buffers)                            where backward begins
+    activations + max(loss, buffers)                            where backward begins; the sum of
+                                                                both where the head is trained
     gradients + activations of one layer + buffers              where it ends
     gradients                                                   in the update
 
@@ -132,8 +133,10 @@ def together(setups: Sequence[Setup]) -> Peak:
     one = sum(_activations(replace(s, checkpointing=False)) for s in setups)
     one //= max(1, len(first.structure.layers))
     loss, buffers = _loss(setups), _buffers(setups)
+    # All logits are there while the head's gradient is made; a chunk of them is gone by then.
+    loss = loss if first.trained.whole else max(0, loss - buffers)
     several = any(s.load.several for s in setups)
-    begin = activations + max(loss, buffers)
+    begin = activations + loss + buffers
     end = one + buffers
     # What the sum of the rows counts twice: layers are gone before gradients are all.
     overlap = 0 if several else max(begin, gradients + end) - begin - gradients
@@ -145,7 +148,7 @@ def together(setups: Sequence[Setup]) -> Peak:
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        loss=max(0, loss - buffers),
+        loss=loss,
         buffers=buffers,
         holes=sum(holes(s) for s in setups),
         overlap=overlap,

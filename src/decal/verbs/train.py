@@ -112,8 +112,7 @@ def train(
     refuse_own_output(config)
     ready = partial(_prepare, config, check, allow_other_base, observe, say)
     if dry_run:
-        steps, size = ready().total_steps, config.train.batch_size
-        say(f"{steps:,} steps of {size} samples; dry run, nothing written")
+        _say_steps(ready(), say)
         return None
     if not resume:  # before the wait for model and data, and again when the folder is made
         RunFolder.check_new(config.output, force=force)
@@ -136,6 +135,11 @@ def train(
         total_params=total,
         session=session,
     )
+
+
+def _say_steps(session: Session, say: Say) -> None:
+    steps, size = session.total_steps, session.config.train.batch_size
+    say(f"{steps:,} steps of {size} samples; dry run, nothing written")
 
 
 def _compare(expected: Peak, result: Result, observe: Callable[[Event], None], say: Say) -> None:
