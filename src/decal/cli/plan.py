@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -39,32 +39,15 @@ def plan(
     Memory, disk, operations and time of full fine-tuning, LoRA and QLoRA, from config.json alone.
     Well-known models need no network. Exit code 1 if the run, or every way, needs more than AMOUNT.
     """
-    from decal.errors import ConfigError
-
-    given = {"--seq": seq, "--batch": batch, "--r": r, "--targets": targets}
-    named = [option for option, value in given.items() if value is not None]
-    run = what.endswith((".yaml", ".yml"))
-    if run and named:
-        raise ConfigError(
-            f"{named[0]} is of a model, and `{what}` has settings of its own",
-            hint="use --set: data.max_length, train.batch_size, adapter.r, adapter.target_modules",
-        )
-    if overrides and not run:
-        raise ConfigError(
-            f"--set replaces a setting of a run.yaml, and `{what}` is a model",
-            hint="use --seq, --batch, --r and --targets",
-        )
-
     from pathlib import Path
 
     from decal.runfile import load_run
     from decal.verbs.plan import plan as plan_for
 
-    chosen = {"seq": seq, "batch": batch, "r": r}
+    chosen = {"seq": seq, "batch": batch, "r": r, "targets": _targets(targets)}
     options = {key: value for key, value in chosen.items() if value is not None}
-    if targets is not None:
-        names = [name for name in targets.split(",") if name]
-        options["targets"] = names if len(names) > 1 or "_" in targets else targets
+    run = what.endswith((".yaml", ".yml"))
+    _refuse_mixed(what, run, list(options), overrides)
     asked = load_run(Path(what), overrides or []) if run else what
     found = plan_for(asked, memory=memory, device=device, **options)
     if as_json:
@@ -73,3 +56,26 @@ def plan(
         console.write("\n".join(found.lines()))
     if found.fits is False:
         raise typer.Exit(1)
+
+
+def _targets(text: str | None) -> Any:
+    """`q_proj,v_proj` as a list, a word for several layers (all-linear, attention) as it is."""
+    if text is None or ("," not in text and "_" not in text):
+        return text
+    return [name for name in text.split(",") if name]
+
+
+def _refuse_mixed(what: str, run: bool, options: list[str], overrides: list[str] | None) -> None:
+    """A run.yaml has settings of its own, and a model has none to replace."""
+    from decal.errors import ConfigError
+
+    if run and options:
+        raise ConfigError(
+            f"--{options[0]} is of a model, and `{what}` has settings of its own",
+            hint="use --set: data.max_length, train.batch_size, adapter.r, adapter.target_modules",
+        )
+    if overrides and not run:
+        raise ConfigError(
+            f"--set replaces a setting of a run.yaml, and `{what}` is a model",
+            hint="use --seq, --batch, --r and --targets",
+        )

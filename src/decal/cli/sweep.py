@@ -10,6 +10,7 @@ import typer
 from decal.cli import console
 
 if TYPE_CHECKING:
+    from decal.config import RunConfig
     from decal.verbs.sweep import SweepResult
 
 
@@ -55,31 +56,36 @@ def sweep(
     from decal.runfile import load_run
 
     config = load_run(run, overrides or [])
-
-    from decal.cli.progress import SweepProgress
-    from decal.plan.units import parse_memory
-    from decal.verbs.sweep import sweep as run_sweep
-
-    with SweepProgress(console.log()) as progress:
-        result = run_sweep(
-            config,
-            dict(_values(text) for text in grid or ()),
-            until_plateau=until_plateau,
-            threshold=threshold,
-            halving=halving,
-            memory=None if memory is None else parse_memory(memory),
-            samples=samples,
-            resume=resume,
-            force=force,
-            observe=progress.observe,
-            say=progress.say,
-        )
+    result = _swept(
+        config,
+        dict(_values(text) for text in grid or ()),
+        memory,
+        until_plateau=until_plateau,
+        threshold=threshold,
+        halving=halving,
+        samples=samples,
+        resume=resume,
+        force=force,
+    )
     if as_json:
         console.show_json(result.to_dict())
     else:
         _show(result)
     if result.failed:
         raise typer.Exit(1)
+
+
+def _swept(
+    config: RunConfig, grid: dict[str, list[Any]], memory: str | None, **options: Any
+) -> SweepResult:
+    from decal.cli.progress import SweepProgress
+    from decal.plan.units import parse_memory
+    from decal.verbs.sweep import sweep as run_sweep
+
+    size = None if memory is None else parse_memory(memory)
+    with SweepProgress(console.log()) as progress:
+        shown = {"observe": progress.observe, "say": progress.say}
+        return run_sweep(config, grid, memory=size, **options, **shown)
 
 
 def _show(result: SweepResult) -> None:

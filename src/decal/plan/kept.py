@@ -33,6 +33,9 @@ over fused layers with bench/plan_accuracy.py: 1.1 with tensors of 2 MB, 2.2 wit
 middle. (Following the heap's rule block by block found half of it, see docs/log.md.)"""
 WORDS = 8
 """Bytes of dropout's two int32 words of a row."""
+MAPPED = 32 << 20
+"""From this size on the C library maps a block for itself and gives it back when it is freed
+(model/heap.py, which sets it): no hole is left."""
 MLP = ("gate_proj", "up_proj")
 IDS = 4 * 8
 """Bytes of a row's token, target, position and sample, int64 each."""
@@ -77,9 +80,9 @@ def holes(setup: Setup) -> int:
     equal size, and reports what is allocated."""
     if setup.device != "cpu":
         return 0
-    return int(
-        HOLES * setup.itemsize * setup.load.tokens * sum(map(_inner, setup.structure.layers))
-    )
+    row = setup.itemsize * setup.load.tokens
+    inner = [row * _inner(layer) for layer in setup.structure.layers]
+    return int(HOLES * sum(size for size in inner if size < MAPPED))
 
 
 def _inner(layer: Layer) -> int:

@@ -12,14 +12,16 @@ trained tokens, H the hidden size, V the vocabulary, e the bytes of the compute 
                  gradients    4 P       grow in backward, layer by layer, while activations go
     at its end   loss         a chunk of logits, and the gradient of N hidden states, twice
                               (where the head is trained: all N V logits)
-    in backward  buffers      the largest temporary: the gradients inside one MLP, and in the paths
-                              without compiled kernels the dequantized weight
+    in backward  buffers      the largest temporaries: the gradients inside one MLP; in the paths
+                              without compiled kernels the dequantized weight; where all is trained
+                              the embedding's gradient as it comes
 
     on a CPU     holes        between the tensors in the heap, which is not given back (kept.py)
 
 The peak of a step is the largest of
 
-    activations + max(loss, buffers)                            where backward begins
+    activations + max(loss, buffers)                            where backward begins; the sum of
+                                                                both where the head is trained
     gradients + activations of one layer + buffers              where it ends
     gradients                                                   in the update
 
@@ -131,15 +133,13 @@ def together(setups: Sequence[Setup]) -> Peak:
     one = sum(_activations(replace(s, checkpointing=False)) for s in setups)
     one //= max(1, len(first.structure.layers))
     loss, buffers = _loss(setups), _buffers(setups)
+    # All logits are there while the head's gradient is made; a chunk of them is gone by then.
+    loss = loss if first.trained.whole else max(0, loss - buffers)
     several = any(s.load.several for s in setups)
-    begin = activations + max(loss, buffers)
+    begin = activations + loss + buffers
     end = one + buffers
-    if not several:
-        held = max(begin, gradients + end)
-        # What the sum of the rows below counts twice: layers are gone before gradients are all.
-        overlap = held - begin - gradients
-    else:
-        held, overlap = begin + gradients, 0
+    # What the sum of the rows counts twice: layers are gone before gradients are all.
+    overlap = 0 if several else max(begin, gradients + end) - begin - gradients
     process = first.process
     return Peak(
         process=process,
@@ -148,7 +148,7 @@ def together(setups: Sequence[Setup]) -> Peak:
         gradients=gradients,
         optimizer=optimizer,
         activations=activations,
-        loss=max(0, loss - buffers),
+        loss=loss,
         buffers=buffers,
         holes=sum(holes(s) for s in setups),
         overlap=overlap,
@@ -202,7 +202,19 @@ def _loss(setups: Sequence[Setup]) -> int:
 
 def _buffers(setups: Sequence[Setup]) -> int:
     """The largest temporary of backward, for all rows together."""
-    return sum(layer_buffers(s) for s in setups) + _dequantized(setups[0])
+    first = setups[0]
+    return sum(layer_buffers(s) for s in setups) + _dequantized(first) + _fresh(first)
+
+
+def _fresh(setup: Setup) -> int:
+    """Of full fine-tuning the gradients that are not collected yet: the embedding's is as large as
+    all of it, and comes from the lookup, and where it is tied from the head too, and as their sum.
+    """
+    s = setup.structure
+    if not setup.trained.whole:
+        return 0
+    tied = not any(weight.head for weight in s.weights)
+    return (3 if tied else 1) * setup.itemsize * s.hidden * s.vocabulary
 
 
 def _dequantized(setup: Setup) -> int:

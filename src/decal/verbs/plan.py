@@ -31,7 +31,7 @@ from decal.errors import BaseModelError, ConfigError, DecalError
 from decal.kernels import native
 from decal.model import hf
 from decal.model.slots import slots_for
-from decal.plan.calibrate import rates
+from decal.plan.calibrate import SECONDS, rates
 from decal.plan.cards import RESERVED, card
 from decal.plan.cheapest import Now, cheapest
 from decal.plan.cost import UTILIZATION, operations, seconds_per_token
@@ -112,7 +112,9 @@ def _settings(
         return load_run(Path(what)), True
     config = RunConfig(
         base=BaseConfig(path=str(what)),
-        adapter=LoraConfig(r=r, target_modules=targets),
+        adapter=LoraConfig(
+            r=r, target_modules=targets if isinstance(targets, str) else tuple(targets)
+        ),
         data=DataConfig(path="none", max_length=seq),
         train=TrainConfig(batch_size=batch),
         output="none",
@@ -266,7 +268,7 @@ class _Planner:
         linears = [linear for layer in self.structure.layers for linear in layer.linears]
         widest = max(linears, key=lambda linear: linear.out * linear.columns, default=None)
         shape = (widest.out, widest.columns) if widest else (1024, 1024)
-        return rates(formats, shape, hf.DTYPES[self.config.base.dtype])
+        return rates(formats, shape, hf.DTYPES[self.config.base.dtype], SECONDS)
 
     def _change(self, own: str | None) -> dict[str, str] | None:
         """The cheapest change that makes the run fit; of a model, one that starts from the least.
