@@ -84,8 +84,8 @@ def _swept(
 
     size = None if memory is None else parse_memory(memory)
     with SweepProgress(console.log()) as progress:
-        shown = {"observe": progress.observe, "say": progress.say}
-        return run_sweep(config, grid, memory=size, **options, **shown)
+        options |= {"observe": progress.observe, "say": progress.say}
+        return run_sweep(config, grid, memory=size, **options)
 
 
 def _show(result: SweepResult) -> None:
