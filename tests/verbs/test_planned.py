@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from decal import demo
 from decal.config import LoraConfig
 from decal.plan.setup import Load
 from decal.runfile import dump_run
@@ -23,7 +24,15 @@ NEAR = 0.2
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"quant": "none", "adapter": {"method": "full"}}],
+    [
+        {},
+        {
+            "base": {"path": str(demo.base_path()), "dtype": "float32"},
+            "quant": "none",
+            "adapter": {"method": "full"},
+            "train": {"max_steps": 2, "batch_size": 4},
+        },
+    ],
     ids=["qlora", "full"],
 )
 def test_a_run_takes_what_was_planned(tmp_path: Path, changes: dict[str, Any]) -> None:

@@ -61,7 +61,7 @@ def setup_of(session: Session) -> Setup:
 
 
 def planned(session: Session) -> Peak:
-    """The peak that the run is going to have; takes a tenth of a second."""
+    """The peak that the run is going to have; takes a quarter of a second."""
     return peak(setup_of(session))
 
 

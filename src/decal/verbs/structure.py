@@ -38,7 +38,7 @@ def structure_of(model: Any, name: str, skip: Sequence[str] = ()) -> Structure:
         skip: `quant.skip_modules`.
     """
     config = model.config.get_text_config()
-    heads = int(config.num_attention_heads)
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Structure(
         name=name,
