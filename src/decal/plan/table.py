@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from decal.markup import grid, join, tag
 from decal.plan.cards import Card
 from decal.plan.memory import Peak
 from decal.plan.units import gigabytes
@@ -27,6 +28,10 @@ PARTS = {
     "process": "process",
 }
 """Part of a peak -> its row."""
+
+
+Row = tuple[str, list[str]]
+"""A label and a cell for each way."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +145,22 @@ class Plan:
             "",
             self._row("", [_head(m)[0] for m in self.methods]),
             self._row("GB", [self._marked(m) for m in self.methods]),
-            *self._parts(),
+            *(self._row(*row) for row in self._parts()),
             "",
-            *self._costs(),
+            *(self._row(*row) for row in self._costs()),
             *self._notes(),
         ]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
+
+    def _repr_html_(self) -> str:
+        """The plan in a notebook: a column for each way, notes below."""
+        head = ["GB", *(" ".join((_head(m)[0], self._marked(m))) for m in self.methods)]
+        rows = [[label, *cells] for label, cells in (*self._parts(), *self._costs())]
+        notes = [tag("div", line) for line in (self.adapter, self.rows, self._where())]
+        notes += [tag("div", line) for line in self._notes() if line]
+        return join((grid(head, rows, title=self.lines()[0]), *notes))
 
     def _marked(self, method: Method) -> str:
         return "*" * (method.name == self.wanted) + _head(method)[1]
@@ -161,34 +174,34 @@ class Plan:
         place = "on this CPU" if self.device == "cpu" else "on a GPU"
         return f"{place} with {self.limit.bytes / 1e9:.2f} GB (10^9 bytes)"
 
-    def _parts(self) -> list[str]:
+    def _parts(self) -> list[Row]:
         found = []
         for part, label in PARTS.items():
             if any(getattr(m.peak, part) for m in self.methods):
                 sizes = [self._size(m, getattr(m.peak, part)) for m in self.methods]
-                found.append(self._row(label, sizes))
-        found.append(self._row("peak", [self._size(m, m.peak.bytes) for m in self.methods]))
+                found.append((label, sizes))
+        found.append(("peak", [self._size(m, m.peak.bytes) for m in self.methods]))
         if not all(m.checkpointing for m in self.methods):
             cells = [self._size(m, m.checkpointed.bytes) for m in self.methods]
-            found.append(self._row("  with checkpointing", cells))
+            found.append(("  with checkpointing", cells))
         if self.limit is not None:
             cells = [self._verdict(m) for m in self.methods]
-            found.append(self._row(f"fits {self.limit.name}"[:LABEL], cells))
+            found.append((f"fits {self.limit.name}"[:LABEL], cells))
         return found
 
-    def _costs(self) -> list[str]:
+    def _costs(self) -> list[Row]:
         files = [
             f"{m.adapter_bytes / 1e6:,.1f} MB" if m.adapter_bytes else "-" for m in self.methods
         ]
         found = [
-            self._row("disk: adapter", files),
-            self._row("disk: 16-bit model", [self._size(m, m.merged_bytes) for m in self.methods]),
-            self._row("GFLOP a token", [f"{m.operations / 1e9:,.1f}" for m in self.methods]),
+            ("disk: adapter", files),
+            ("disk: 16-bit model", [self._size(m, m.merged_bytes) for m in self.methods]),
+            ("GFLOP a token", [f"{m.operations / 1e9:,.1f}" for m in self.methods]),
         ]
         if any(m.tokens_per_second for m in self.methods):
-            found.append(self._row("tokens/s", [_speed(m) for m in self.methods]))
+            found.append(("tokens/s", [_speed(m) for m in self.methods]))
             label = "time of the run" if self.wanted else "1,000 steps"
-            found.append(self._row(label, [_time(m.seconds) for m in self.methods]))
+            found.append((label, [_time(m.seconds) for m in self.methods]))
         return found
 
     def _notes(self) -> list[str]:

@@ -37,9 +37,9 @@ from decal.verbs.grid import Candidate, candidate, candidates, groups, joinable,
 from decal.verbs.inputs import Inputs, look, look_again
 from decal.verbs.leaves import finish, job_of, open_run, tidy, write_info
 from decal.verbs.planned import planned, planned_info, verdict
-from decal.verbs.report import NAME as REPORT
 from decal.verbs.report import gather, write_report
 from decal.verbs.session import Say, Session, begin, beside
+from decal.verbs.swept import SweepResult, Tried
 from decal.verbs.waves import expected, waves
 
 RANK, SEED = "adapter.r", "train.seed"
@@ -47,73 +47,6 @@ OVER = ("done", "stopped", "failed")
 
 Observe = Callable[[str | None, Event], None]
 """Hears the name of a candidate, or None for all of them, and what happened."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tried:
-    """What became of one candidate."""
-
-    name: str
-    settings: dict[str, Any]
-    """Its own, by dotted key."""
-    status: str
-    """done | stopped | failed"""
-    why: str | None
-    run: Path
-    result: dict[str, Any]
-    """As in the run's info.json; empty for one that failed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepResult:
-    """A finished sweep."""
-
-    sweep: Path
-    tried: tuple[Tried, ...]
-    verdict: str | None
-    """Of `until_plateau`: where doubling ended, and why."""
-    advice: str
-    """What the report recommends, in a sentence; empty where there is nothing to compare."""
-
-    @property
-    def failed(self) -> list[Tried]:
-        """Candidates that ended with an error."""
-        return [each for each in self.tried if each.status == "failed"]
-
-    def rows(self) -> list[dict[str, Any]]:
-        """A row for each candidate, for printing."""
-        return [
-            {
-                "candidate": each.name,
-                "status": each.status,
-                "parameters": each.result.get("trainable_params"),
-                "best eval loss": each.result.get("best_eval_loss"),
-                "final loss": each.result.get("loss"),
-                "accuracy": each.result.get("eval_accuracy"),
-                "steps": each.result.get("steps"),
-            }
-            for each in self.tried
-        ]
-
-    def lines(self) -> list[str]:
-        """What there is to say beyond the rows."""
-        found = [f"{each.name}: {each.why}" for each in self.tried if each.why]
-        if self.verdict is not None:
-            found.append(self.verdict)
-        if self.advice:
-            found.append(self.advice)
-        report = self.sweep / REPORT
-        return [*found, f"report  {report}"] if report.exists() else found
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, for programs."""
-        tried = [{**vars(each), "run": str(each.run)} for each in self.tried]
-        return {
-            "sweep": str(self.sweep),
-            "candidates": tried,
-            "verdict": self.verdict,
-            "advice": self.advice,
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
