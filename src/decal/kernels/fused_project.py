@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from decal.kernels import reference_dropout
+from decal.kernels import native, reference_dropout
 from decal.kernels.precision import multiplies_bf16
 from decal.kernels.reference_project import stored_weight, wide_scales
 from decal.kernels.stored import Keep, Low, Stored
@@ -101,7 +101,9 @@ def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Any:
 
 
 def _takes(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.is_cpu and not multiplies_bf16()
+    if x.dtype != torch.bfloat16 or not x.is_cpu or multiplies_bf16():
+        return False
+    return not native.recorded()  # a recording would hold this many rows for ever
 
 
 def _spans(count: int, step: int) -> Iterator[slice]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import torch
@@ -28,12 +27,13 @@ def chunks(x: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-@cache
 def multiplies_bf16() -> bool:
-    """Whether torch's products of bf16 matrices on this CPU are those of the processor.
+    """Whether torch's products of bf16 matrices on this CPU are those of the processor."""
+    return _MULTIPLIES
 
-    On x86-64 they are with AVX-512 BF16 or AMX. Elsewhere torch's word on oneDNN is taken.
-    """
+
+def _asked() -> bool:
+    """On x86-64 AVX-512 BF16 or AMX has them. Elsewhere torch's word on oneDNN is taken."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return _says(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -46,3 +46,6 @@ def _says(module: Any, name: str) -> bool:
         return bool(getattr(module, name)())
     except (AttributeError, RuntimeError):
         return False
+
+
+_MULTIPLIES = _asked()
