@@ -1,6 +1,6 @@
 """The products of `reference_project` in float32, in torch alone, for CPUs that have none of bf16.
 
-There torch multiplies bf16 matrices value by value: 1 to 7 GFLOP/s on a core that reaches 90 in
+There torch multiplies bf16 matrices value by value: 1 to 10 GFLOP/s on a core that reaches 90 in
 float32 (AVX2, Zen 3). So rows and weights are widened, a part at a time, multiplied in float32 and
 rounded once; a widened part costs 2 to 5 percent of its product. The low-rank update, bias and
 addend join before the rounding.
