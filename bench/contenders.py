@@ -6,9 +6,10 @@ every optimizer step. What a step trains on is said by its `Task`, the same for 
     decal        a run's own session: its loss, its attention, its optimizer
     peft         the loop of the tutorials. On a quantized base prepare_model_for_kbit_training,
                  which makes what is not quantized float32; LoRA weights float32
-    peft-best    the fastest that we know how to make it: bf16 throughout, no upcasts (nothing is
-                 prepared, LoRA weights are cast to bf16, which `autocast_adapter_dtype=False`
-                 alone does not do on a 4-bit base), dropout 0, fused AdamW, no cache
+    peft-best    the fastest that we know how to make it: bf16 throughout, or float32 throughout
+                 where the processor has no products of bf16; no upcasts (nothing is prepared,
+                 LoRA weights are cast, which `autocast_adapter_dtype=False` alone does not do on a
+                 4-bit base), dropout 0, fused AdamW, no cache
     trl          SFTTrainer with its defaults
 
 Knows no clock and no other process.
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from bench.shapes import KNOWN, PADDED_ROWS, RANK, ROWS, Row, chat_rows, even_rows
+from decal.kernels.precision import multiplies_bf16
 
 LR = 2e-4
 
@@ -110,16 +112,17 @@ def peft_steps(task: Task, way: str) -> Iterator[None]:
     import peft
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    dtype = torch.bfloat16 if way != "peft-best" or multiplies_bf16() else torch.float32
     quant = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype,
     )
     model = AutoModelForCausalLM.from_pretrained(
         task.folder,
         quantization_config=quant if task.quant == "nf4" else None,
-        dtype=torch.bfloat16,
+        dtype=dtype,
     )
     best = way != "peft"
     if not best and task.quant == "nf4":
@@ -135,7 +138,7 @@ def peft_steps(task: Task, way: str) -> Iterator[None]:
     trained = [p for p in model.parameters() if p.requires_grad]
     if way == "peft-best":
         for parameter in trained:
-            parameter.data = parameter.data.bfloat16()
+            parameter.data = parameter.data.to(dtype)
     optimizer = torch.optim.AdamW(trained, lr=LR, fused=True if best else None)
     options = {"use_cache": False} if best else {}
     model.train()

@@ -134,7 +134,7 @@ def main() -> None:
     given = parsed()
     found = measure(given)
     if given.write:
-        name = f"kernels {given.shape}"
+        name = f"kernels {given.shape} {found['isa']}"
         performance_page.write(given.write, name, performance_page.kernels(found))
     print(json.dumps(found) if given.json else performance_page.kernels(found))
 

@@ -245,7 +245,8 @@ def main() -> None:
     given = parsed()
     found = measure(given)
     if given.write:
-        performance_page.write(given.write, f"step {given.shape}", performance_page.step(found))
+        name = f"step {given.shape} {found['isa']}"
+        performance_page.write(given.write, name, performance_page.step(found))
     print(json.dumps(found) if given.json else performance_page.step(found))
 
 

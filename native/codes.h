@@ -9,7 +9,14 @@ struct Sixteen {
     vh part[16 / W];
 };
 
-// Two values per byte of `packed`, the one of the high nibble first; `bytes` is a multiple of 16.
+#if defined(__AVX2__) && !defined(__AVX512BW__)
+constexpr int64_t CODES = 16;
+#else
+constexpr int64_t CODES = 32;
+#endif
+
+// Two values per byte of `packed`, the one of the high nibble first; `bytes` is a multiple of
+// CODES / 2. A strip of a product is CODES values wide, or more.
 INLINE void look_up(const uint8_t* packed, int64_t bytes, const Sixteen& table, bf16* out) {
 #if defined(__AVX512BW__)
     // Only the low five bits of a lookup count, so the table stands twice and bit 4 is left as is.
@@ -25,18 +32,14 @@ INLINE void look_up(const uint8_t* packed, int64_t bytes, const Sixteen& table, 
     __m128i a = (__m128i)table.part[0], b = (__m128i)table.part[1];
     __m128i lows = _mm_packus_epi16(_mm_and_si128(a, byte), _mm_and_si128(b, byte));
     __m128i highs = _mm_packus_epi16(_mm_srli_epi16(a, 8), _mm_srli_epi16(b, 8));
-    for (int64_t i = 0; i < bytes; i += 16) {
-        __m128i pair = _mm_loadu_si128((const __m128i*)(packed + i));
+    for (int64_t i = 0; i < bytes; i += 8) {
+        __m128i pair = _mm_loadl_epi64((const __m128i*)(packed + i));
         __m128i first = _mm_and_si128(_mm_srli_epi16(pair, 4), nibble);
-        __m128i second = _mm_and_si128(pair, nibble);
-        __m128i index[2] = {_mm_unpacklo_epi8(first, second), _mm_unpackhi_epi8(first, second)};
-        for (int half = 0; half < 2; ++half) {
-            __m128i low = _mm_shuffle_epi8(lows, index[half]);
-            __m128i high = _mm_shuffle_epi8(highs, index[half]);
-            __m128i* to = (__m128i*)(out + 2 * i + 16 * half);
-            _mm_storeu_si128(to, _mm_unpacklo_epi8(low, high));
-            _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(low, high));
-        }
+        __m128i index = _mm_unpacklo_epi8(first, _mm_and_si128(pair, nibble));
+        __m128i low = _mm_shuffle_epi8(lows, index), high = _mm_shuffle_epi8(highs, index);
+        __m128i* to = (__m128i*)(out + 2 * i);
+        _mm_storeu_si128(to, _mm_unpacklo_epi8(low, high));
+        _mm_storeu_si128(to + 1, _mm_unpackhi_epi8(low, high));
     }
 #else
     bf16 values[16];

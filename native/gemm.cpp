@@ -15,14 +15,16 @@
 //
 // A contraction deeper than DEPTH goes in passes, with C in float between them. The panel holds
 // pairs along the contraction, (k, k + 1) of one column side by side, for the dot products of bf16
-// pairs; without these it holds floats, and rows of `a` are widened block by block.
+// pairs; without these it holds floats, and rows of `a` are widened block by block: with vectors of
+// 8 and fewer floats, where strips are narrow, once for a group of strips that L2 holds.
 //
 // Threads share C, never a sum, and every sum runs along the contraction in one order: results do
 // not depend on the number of threads, nor on what else is in the batch. NaN and infinity in `a`
 // reach every column of their row. Products of bf16 pairs take denormals as zeros.
 //
 // Rejected: packing `a` too (it is read by rows, which the broadcast of a pair can do in place);
-// one panel per thread row block; a group of strips packed together (no gain, more L2).
+// one panel per thread row block; with AVX-512 a group of strips packed together (no gain, more
+// L2).
 #include <algorithm>
 
 #include "dropout.h"
@@ -184,11 +186,17 @@ inline void pack_across(const Segment& s, int64_t n0, int64_t N, int width, int6
 
 // --- multiplying ---------------------------------------------------------------------------------
 
-// Rows of one block: `count` of them are there, the others may be read as any of these.
+constexpr int64_t APART = 16;  // so that rows of 2,048 do not share sets of the cache
+constexpr bool WIDENS = STEP == 1;
+
+// Rows of one block: `count` of them are there, the others may be read as any of these. Without dot
+// products of pairs `wide` is where they lie as floats, [tall, depth + APART], or are to be put.
 struct Rows {
     const bf16* a;
     int64_t lda;
     int count;
+    float* wide;
+    bool widened;
 };
 
 #if defined(AMX)
@@ -290,29 +298,30 @@ void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c, boo
         for (int v = 0; v < V; ++v) _mm512_storeu_ps(c + (i * V + v) * 16, sums[i][v]);
 }
 #else
+INLINE void widen(const Rows& rows, int tall, int64_t depth) {
+    for (int i = 0; i < tall; ++i) {
+        const bf16* row = rows.a + std::min(i, rows.count - 1) * rows.lda;
+        float* own = rows.wide + i * (depth + APART);
+        int64_t k = 0;
+        for (; k + W <= depth; k += W) store(own + k, load(row + k));
+        for (; k < depth; ++k) own[k] = to_float(row[k]);
+    }
+}
+
 template <int V>
 void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c, bool fresh) {
     constexpr int R = tall(V);
-    constexpr int64_t PART = 256;
-    alignas(64) float a[R][PART];
+    if (!rows.widened) widen(rows, R, depth);
     vf sums[R][V];
     for (int i = 0; i < R; ++i)
         for (int v = 0; v < V; ++v) sums[i][v] = fresh ? vf{} : load(c + (i * V + v) * W);
-    for (int64_t begin = 0; begin < depth; begin += PART) {
-        int64_t n = std::min(PART, depth - begin);
-        for (int i = 0; i < R; ++i) {
-            const bf16* row = rows.a + std::min(i, rows.count - 1) * rows.lda + begin;
-            int64_t k = 0;
-            for (; k + W <= n; k += W) store(a[i] + k, load(row + k));
-            for (; k < n; ++k) a[i][k] = to_float(row[k]);
-        }
-        const Panel* b = panel + begin * (V * W);
-        for (int64_t k = 0; k < n; ++k, b += V * W) {
-            vf column[V];
-            for (int v = 0; v < V; ++v) column[v] = load(b + v * W);
-            for (int i = 0; i < R; ++i)
-                for (int v = 0; v < V; ++v) sums[i][v] += a[i][k] * column[v];
-        }
+    const float* a = rows.wide;
+    const int64_t stride = depth + APART;
+    for (int64_t k = 0; k < depth; ++k, panel += V * W) {
+        vf column[V];
+        for (int v = 0; v < V; ++v) column[v] = load(panel + v * W);
+        for (int i = 0; i < R; ++i)
+            for (int v = 0; v < V; ++v) sums[i][v] += a[i * stride + k] * column[v];
     }
     for (int i = 0; i < R; ++i)
         for (int v = 0; v < V; ++v) store(c + (i * V + v) * W, sums[i][v]);
@@ -371,6 +380,8 @@ struct Pass {
     int count;
     const Panel* panel;
     bool first, last;
+    float* wide;   // room for the floats of a block of rows, all pieces
+    bool widened;  // they are there: the rows are one block, and met another strip before
 };
 
 // Rows that the same segments serve. `between` holds their C in float where there are several
@@ -390,13 +401,15 @@ void sweep(const Product& p, const Pass& pass, int64_t n0, Range rows, float* be
             const Segment& s = *piece.segment;
             if (row < s.begin || row >= s.end) continue;
             int64_t depth = piece.end - piece.begin;
-            Rows block{s.a + (row - s.begin) * s.lda + piece.begin, s.lda, height};
-            if (p.masked == left) {
+            Rows block{s.a + (row - s.begin) * s.lda + piece.begin, s.lda, height,
+                       WIDENS ? pass.wide + (piece.panel + i * APART) * R : nullptr, pass.widened};
+            if (p.masked == left && !pass.widened) {
                 bf16* room = masked.get(R * depth);
                 for (int h = 0; h < height; ++h)
                     drop(*p.keep, row + h, piece.begin, depth, block.a + h * s.lda,
                          room + h * depth);
-                block = {room, depth, height};
+                block.a = room;
+                block.lda = depth;
             }
             multiply<V>(block, pass.panel + piece.panel * width, depth, c, fresh);
             fresh = false;
@@ -424,9 +437,13 @@ INLINE int next_width(int64_t left) {
 // Tiles eat a panel faster than L3 delivers rows: panels of many strips fill L2, and each block of
 // rows meets them all while it is in L1.
 constexpr int64_t GROUP = 1 << 18, BLOCK = 32;
+#elif DECAL_W < 16
+// So do blocks that rows must be widened for: once for all strips.
+constexpr int64_t GROUP = 1 << 16, BLOCK = TALLEST;
 #else
 constexpr int64_t GROUP = 0, BLOCK = INT64_MAX / 2;
 #endif
+constexpr bool WIDENS_ONCE = WIDENS && BLOCK == TALLEST;
 
 // Floats of C between passes. All strips that fit go through a pass together, so that the rows of a
 // deep weight are read once, side by side, and not 128 bytes at a time all over it.
@@ -499,6 +516,7 @@ inline void part(const Product& p, Range rows, Range columns) {
     static thread_local Room<Panel> panels;
     static thread_local Room<bf16> rooms;
     static thread_local Room<float> floats_between;
+    static thread_local Room<float> floats_of_rows;
     constexpr int MOST = 16;
     Piece pieces[MOST];
     int64_t deep = 0;
@@ -512,6 +530,8 @@ inline void part(const Product& p, Range rows, Range columns) {
     int64_t group = std::clamp<int64_t>(GROUP / size, 1, STRIPS);
     int64_t most = passes ? std::clamp<int64_t>(BETWEEN / (height * WIDTH), group, STRIPS) : group;
     Panel* panel = panels.get(group * size);
+    float* wide =
+        WIDENS ? floats_of_rows.get(TALLEST * (std::min(deep, DEPTH) + MOST * APART)) : nullptr;
     bf16* room = rooms.get((DEPTH + 32) * WIDTH);
     float* between = passes ? floats_between.get(most * height * WIDTH) : nullptr;
     for (int64_t n0 = columns.begin; n0 < columns.end;) {
@@ -535,8 +555,13 @@ inline void part(const Product& p, Range rows, Range columns) {
                 for (int64_t row = rows.begin, next; row < rows.end; row = next) {
                     next = border(p, row, std::min(rows.end, row + BLOCK));
                     for (int64_t i = begin; i < end; ++i) {
-                        Pass pass{pieces, count, panel + (i - begin) * size, first,
-                                  segment == p.count};
+                        Pass pass{pieces,
+                                  count,
+                                  panel + (i - begin) * size,
+                                  first,
+                                  segment == p.count,
+                                  wide,
+                                  WIDENS_ONCE && i > begin};
                         strip(p, pass, strips[i], {row, next}, row - rows.begin);
                     }
                 }

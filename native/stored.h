@@ -46,7 +46,7 @@ INLINE void block_values(const Stored& w, float scale, int64_t begin, int64_t en
     const uint8_t* bytes = static_cast<const uint8_t*>(w.data);
     int64_t at = begin;
     if (at % 2 == 0) {
-        int64_t whole = (end - begin) / 32 * 32;
+        int64_t whole = (end - begin) / CODES * CODES;
         look_up(bytes + at / 2, whole / 2, sixteen, out);
         at += whole;
         out += whole;

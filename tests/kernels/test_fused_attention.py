@@ -26,6 +26,7 @@ def inputs(dtype: torch.dtype, lengths: list[int], heads: int, shared: int) -> l
 @pytest.mark.parametrize("lengths", [[1], [17, 0, 2, 75], [64, 64]], ids=str)
 @pytest.mark.parametrize(("heads", "shared"), [(3, 3), (6, 2)])
 @pytest.mark.parametrize("window", [None, 11, 40])
+@pytest.mark.parametrize("rounds", [True, False])
 def test_both_ways_agree_with_the_reference(
     monkeypatch: pytest.MonkeyPatch,
     dtype: torch.dtype,
@@ -33,10 +34,13 @@ def test_both_ways_agree_with_the_reference(
     heads: int,
     shared: int,
     window: int | None,
+    rounds: bool,
 ) -> None:
-    """Fails when the gradients of shared keys or of blocks are not added up, when the scale is
-    dropped, or when a block starts at the wrong key of its window."""
+    """Whether P and dS are rounded or not. Fails when the gradients of shared keys or of blocks are
+    not added up, when the scale is dropped, or when a block starts at the wrong key of its
+    window."""
     monkeypatch.setattr(fused_attention, "_SCORES", 1)
+    monkeypatch.setattr(fused_attention, "multiplies_bf16", lambda: rounds)
     q, k, v, grad = inputs(dtype, lengths, heads, shared)
     edges = torch.tensor([0, *lengths]).cumsum(0)
     out, lse = fused_attention.attention_flat_forward(q, k, v, edges, SCALE, window)

@@ -11,9 +11,9 @@ skipped, and keys before its window.
     dv = P^T g    dS = P * (g v^T - g . o)    dq = scale dS k    dk = scale dS^T q
 
 Scores and softmax are float32, in powers of two, since torch's exp2 takes a quarter of the time of
-its exp, and a tenth where scores are hidden. P and dS are rounded to bf16
-for the products that sum them, and nothing else is. g . o is taken from P and g v^T, and not from
-the rounded o: where a query sees one key above all, g v^T and g . o cancel.
+its exp, and a tenth where scores are hidden. P and dS are rounded to bf16 for the products that sum
+them, where the processor multiplies bf16, and nothing else is. g . o is taken from P and g v^T, and
+not from the rounded o: where a query sees one key above all, g v^T and g . o cancel.
 
 Takes bf16 and float32 on a CPU; answers NotImplemented for the rest.
 """
@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from decal.kernels.precision import multiplies_bf16
 
 _SCORES = 1 << 18
 """Scores that exist at one time, where a block of queries is not too small for that."""
@@ -51,6 +53,11 @@ def _takes(q: Tensor, cu_seq_lens: Tensor) -> list[slice] | None:
     if edges[0] != 0 or edges[-1] != q.shape[0]:
         return None
     return [slice(a, b) for a, b in pairwise(edges) if b > a]
+
+
+def _summed_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the products that P and dS are factors of."""
+    return dtype if multiplies_bf16() else torch.float32
 
 
 def _blocks(length: int, heads: int, window: int | None) -> Iterator[_Block]:
@@ -91,13 +98,13 @@ def attention_flat_forward(
     spans = _takes(q, cu_seq_lens)
     if spans is None:
         return NotImplemented
-    shared = k.shape[1]
+    shared, dtype = k.shape[1], _summed_in(v.dtype)
     out = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     for rows in spans:
         queries = _by_keys(q[rows], shared).to(torch.float32, copy=True).mul_(scale * _LOG2_E)
         keys = k[rows].transpose(0, 1).float()
-        values = v[rows].transpose(0, 1).contiguous()
+        values = v[rows].transpose(0, 1).to(dtype).contiguous()
         found, sums = _by_keys(out[rows], shared), lse[:, rows].unflatten(0, (shared, -1))
         for block in _blocks(keys.shape[1], q.shape[1], window):
             own = slice(block.start, block.stop)
@@ -105,7 +112,7 @@ def attention_flat_forward(
             most = share.amax(2, keepdim=True)
             share.sub_(most).exp2_()
             total = share.sum(2, keepdim=True)
-            part = torch.bmm(share.div_(total).to(v.dtype), values[:, block.first : block.stop])
+            part = torch.bmm(share.div_(total).to(dtype), values[:, block.first : block.stop])
             shape = found[:, :, own].shape
             found[:, :, own] = part.view(shape)
             sums[:, :, own] = most.add_(total.log2_()).div_(_LOG2_E).view(shape[:-1])
@@ -126,13 +133,13 @@ def attention_flat_backward(
     spans = _takes(q, cu_seq_lens)
     if spans is None:
         return NotImplemented
-    shared = k.shape[1]
+    shared, dtype = k.shape[1], _summed_in(q.dtype)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
     for rows in spans:
         queries, grads = (_by_keys(x[rows], shared) for x in (q, grad))
         scaled = queries.to(torch.float32, copy=True).mul_(scale * _LOG2_E)
         sums = lse[:, rows].unflatten(0, (shared, -1)) * _LOG2_E
-        keys = k[rows].transpose(0, 1).contiguous()
+        keys = k[rows].transpose(0, 1).to(dtype).contiguous()
         wide, values = keys.float(), v[rows].transpose(0, 1).float()
         d_keys, d_values = torch.zeros_like(wide), torch.zeros_like(values)
         found = _by_keys(dq[rows], shared)
@@ -141,12 +148,12 @@ def attention_flat_backward(
             share = _scores(scaled[:, :, own], wide, block, window)
             count = share.shape[1]
             share.sub_(sums[:, :, own].reshape(shared, count, 1)).exp2_()
-            g = grads[:, :, own].reshape(shared, count, -1)
-            d_values[:, seen] += torch.bmm(share.to(v.dtype).transpose(1, 2), g)
+            g = grads[:, :, own].reshape(shared, count, -1).to(dtype)
+            d_values[:, seen] += torch.bmm(share.to(dtype).transpose(1, 2), g)
             d_share = torch.bmm(g.float() * scale, values[:, seen].transpose(1, 2))
-            d_scores = torch._softmax_backward_data(d_share, share, 2, share.dtype).to(q.dtype)
+            d_scores = torch._softmax_backward_data(d_share, share, 2, share.dtype).to(dtype)
             found[:, :, own] = torch.bmm(d_scores, keys[:, seen]).view_as(found[:, :, own])
-            turned = queries[:, :, own].reshape(shared, count, -1)
+            turned = queries[:, :, own].reshape(shared, count, -1).to(dtype)
             d_keys[:, seen] += torch.bmm(d_scores.transpose(1, 2), turned)
         dk[rows], dv[rows] = d_keys.transpose(0, 1), d_values.transpose(0, 1)
     return dq, dk, dv

@@ -196,15 +196,20 @@ def _bound(name: str, of: str) -> Any:
     return function
 
 
+def recorded() -> bool:
+    """Whether torch's operators are recorded or replaced: torch.compile, tracing, fake tensors."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
 def kernel(name: str) -> Callable[..., None] | None:
     """The compiled function of an op in the instruction set in use; None where there is none.
 
-    None too where torch's operators are recorded or replaced (torch.compile, tracing, fake
-    tensors): what they do not see is lost, and fake tensors have no memory to read.
+    None too where torch's operators are recorded or replaced: what they do not see is lost, and
+    fake tensors have no memory to read.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return None
-    if torch._C._len_torch_dispatch_stack():
+    if recorded():
         return None
     chosen = isa()
     return None if chosen is None else _bound(name, chosen)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from decal.kernels import (
     fused_attention,
+    fused_project,
     native,
     native_attention,
     native_dropout,
@@ -63,13 +64,26 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
         "native": native_dropout.dropout_keep,
         "torch": reference_dropout.dropout_keep,
     },
-    "project": {"native": native_project.project, "torch": reference_project.project},
+    "project": {
+        "native": native_project.project,
+        "torch fused": fused_project.project,
+        "torch": reference_project.project,
+    },
     "project_back": {
         "native": native_project.project_back,
+        "torch fused": fused_project.project_back,
         "torch": reference_project.project_back,
     },
-    "into_rank": {"native": native_project.into_rank, "torch": reference_project.into_rank},
-    "over_rows": {"native": native_project.over_rows, "torch": reference_project.over_rows},
+    "into_rank": {
+        "native": native_project.into_rank,
+        "torch fused": fused_project.into_rank,
+        "torch": reference_project.into_rank,
+    },
+    "over_rows": {
+        "native": native_project.over_rows,
+        "torch fused": fused_project.over_rows,
+        "torch": reference_project.over_rows,
+    },
     "rms_norm": {"native": native_elementwise.rms_norm, "torch": reference_norm.rms_norm},
     "rms_norm_backward": {
         "native": native_elementwise.rms_norm_backward,

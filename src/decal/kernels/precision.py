@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,3 +25,27 @@ def chunks(x: Tensor) -> Iterator[slice]:
     step = max(1, size // max(1, x.shape[1]))
     for start in range(0, x.shape[0], step):
         yield slice(start, start + step)
+
+
+def multiplies_bf16() -> bool:
+    """Whether torch's products of bf16 matrices on this CPU are those of the processor."""
+    return _MULTIPLIES
+
+
+def _asked() -> bool:
+    """On x86-64 AVX-512 BF16 or AMX has them. Elsewhere torch's word on oneDNN is taken."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return _says(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(_says(torch.cpu, name) for name in names)
+
+
+def _says(module: Any, name: str) -> bool:
+    """What a question of torch's own answers; no where this version has it not."""
+    try:
+        return bool(getattr(module, name)())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+_MULTIPLIES = _asked()

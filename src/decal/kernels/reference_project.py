@@ -43,18 +43,26 @@ def stored_weight(weight: Stored, dtype: torch.dtype) -> Tensor:
     assert weight.scales is not None
     if weight.format == "rows8":
         return ops.dequantize_rows(weight.data, weight.scales, dtype)
-    scales = weight.scales
-    if weight.nested is not None:
-        assert weight.table is not None
-        assert weight.offset is not None
-        scales = ops.dequantize_8bit(scales, weight.nested, weight.table, NESTED_BLOCK_SIZE)
-        scales = scales.add_(weight.offset)
+    scales = wide_scales(weight)
     assert weight.code is not None
     rows, columns = weight.shape
     flat = ops.dequantize_4bit(
         weight.data, scales, weight.code, weight.block_size, rows * columns, dtype
     )
     return flat.view(rows, columns)
+
+
+def wide_scales(weight: Stored) -> Tensor:
+    """float32 [blocks]: the scales of a 4-bit weight."""
+    from decal.kernels import ops
+
+    assert weight.scales is not None
+    if weight.nested is None:
+        return weight.scales
+    assert weight.table is not None
+    assert weight.offset is not None
+    scales = ops.dequantize_8bit(weight.scales, weight.nested, weight.table, NESTED_BLOCK_SIZE)
+    return scales.add_(weight.offset)
 
 
 def project(
