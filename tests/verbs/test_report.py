@@ -128,6 +128,7 @@ def test_a_sweep_shows_every_state(finished: RunResult, tmp_path: Path) -> None:
     page = report(folder).read_text(encoding="utf-8")
     assert "lost was stopped at step 8 of 8: r4 was better at step 4." in page
     assert "r8 is waiting" in page
+    assert "adapter.r = 4, 8" in page
     assert sorted(file.name for file in folder.glob("*.png")) == ["loss.png", "quality.png"]
     plain = facts(found, out)
     assert json.loads(json.dumps(plain)) == plain
@@ -214,6 +215,8 @@ def test_what_cannot_be_read_beside_is_said(finished: RunResult, tmp_path: Path)
     run = copied(finished, tmp_path / "run")
     (run / "run.yaml").write_text("bse: x\n")
     (run / "adapter/adapter_model.safetensors").write_bytes(b"xx")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"loss": 3.0}\n')
     page = report(run).read_text(encoding="utf-8")
     assert "its settings cannot be read" in page
     assert "its adapter cannot be read" in page

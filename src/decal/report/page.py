@@ -99,6 +99,9 @@ def _head(report: Report) -> Markup:
         for n in names
         if first.get(n) not in (None, "none") and n not in same
     ]
+    for name, values in report.grid.items():
+        tried = values if isinstance(values, list) else [values]
+        shown.append(f"{name} = {', '.join(map(str, tried))}")
     return tag("header", tag("h1", report.title), tag("p", " · ".join(shown), class_="sub"))
 
 

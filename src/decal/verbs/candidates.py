@@ -166,7 +166,7 @@ def _candidate(entry: _Entry, norms: BaseNorms | None) -> Candidate:
         name=entry.name,
         status=status,
         why=entry.why,
-        rows=run.metrics(),
+        rows=[row for row in run.metrics() if "step" in row],
         settings=settings,
         steps=_count(info.get("steps")),
         result=result,
