@@ -31,3 +31,9 @@ def test_tables_for_notebooks() -> None:
     assert "&lt;x&gt;" in made
     assert facts({"k": "<v>"}) == facts([("k", "<v>")])
     assert "&lt;v&gt;" in facts({"k": "<v>"})
+
+
+def test_spaces_of_any_width_stay_spaces() -> None:
+    """Fails when a space that does not break is written out like a control character."""
+    assert text("90\u00a0% \u202f:") == "90\u00a0% \u202f:"
+    assert text("a\x1b\u202e") == "a\\x1b\\x202e"

@@ -14,6 +14,7 @@ Knows no pages and no objects.
 from __future__ import annotations
 
 import html
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["Child", "Markup", "facts", "grid", "join", "tag", "text"]
@@ -34,8 +35,13 @@ Child = str | Markup | int | None
 
 def text(value: object) -> Markup:
     """Escaped; control characters become visible, because they may reorder or hide a line."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in str(value))
+    shown = "".join(c if _shows(c) else f"\\x{ord(c):02x}" for c in str(value))
     return Markup(html.escape(shown, quote=True))
+
+
+def _shows(char: str) -> bool:
+    """Printable, or a space of any width: French has a narrow one before each colon."""
+    return char.isprintable() or char in "\n\t" or unicodedata.category(char) == "Zs"
 
 
 def tag(element: str, /, *children: Child, **attributes: str | None) -> Markup:
