@@ -73,6 +73,14 @@ def test_it_runs_and_shows(executed: Any) -> None:
     for begins in ("result.plot", "result.spectrum"):
         (picture,) = outputs(executed, begins)
         assert len(picture.data["image/png"]) > 5_000
+    plan = outputs(executed, "decal.plan")[-1]
+    assert "8,030,261,248 parameters" in plan.data["text/html"]
+    assert "<td" in plan.data["text/html"]
+    sweep = outputs(executed, "sweep = ")[-1].data["text/html"]
+    assert "r16" in sweep
+    assert "Take r" in sweep
+    (picture,) = outputs(executed, "sweep.plot")
+    assert len(picture.data["image/png"]) > 5_000
     assert "scaling" in outputs(executed, "decal.Adapter")[0].data["text/html"]
 
 
