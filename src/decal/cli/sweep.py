@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,7 +59,7 @@ def sweep(
     from decal.verbs.sweep import sweep as run_sweep
 
     ways = Ways(until_plateau=until_plateau, threshold=threshold, halving=halving)
-    values = dict(_values(text) for text in grid or ())
+    values = _grid(grid or ())
     with SweepProgress(console.log()) as progress:
         result = run_sweep(
             config,
@@ -77,6 +78,15 @@ def sweep(
             console.write(line)
     if result.failed:
         raise typer.Exit(1)
+
+
+def _grid(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """All --grid options; a key that comes twice has the values of both."""
+    grid: dict[str, list[Any]] = {}
+    for text in texts:
+        key, values = _values(text)
+        grid.setdefault(key, []).extend(values)
+    return grid
 
 
 def _values(text: str) -> tuple[str, list[Any]]:

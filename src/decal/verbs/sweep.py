@@ -11,7 +11,8 @@ More candidates than memory has room for are trained in waves over the base that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,6 +24,7 @@ from decal.errors import ConfigError
 from decal.model.heap import give_back_freed
 from decal.model.inject import detach
 from decal.model.state import train_only
+from decal.objectives import OBJECTIVES
 from decal.runfile import dump_run, parse_run
 from decal.store.run import RunFolder
 from decal.store.sweep import SweepFolder
@@ -32,13 +34,15 @@ from decal.train.halving import Halving
 from decal.train.together import Judge, train_together
 from decal.verbs import joint, plateau
 from decal.verbs.findings import before
-from decal.verbs.grid import Candidate, candidate, candidates, groups, joinable, lines
-from decal.verbs.inputs import Inputs, look, look_again
+from decal.verbs.grid import Candidate, candidate, candidates, groups, joinable, lines, shared
+from decal.verbs.inputs import Inputs, look, look_again, row_seed
+from decal.verbs.loss import head_of
 from decal.verbs.session import Say, Session, begin, beside
-from decal.verbs.train import finish, job_of, open_run, tidy, write_info
+from decal.verbs.train import finish, job_of, open_run, reporting, tidy, write_info
 
 RANK, SEED = "adapter.r", "train.seed"
-OVER = ("done", "stopped", "failed")
+OVER = ("done", "stopped")
+"""What failed is tried again when the sweep is resumed, from its last checkpoint."""
 
 Observe = Callable[[str | None, Event], None]
 """Hears the name of a candidate, or None for all of them, and what happened."""
@@ -151,14 +155,17 @@ def sweep(
     first = _first_round(config, grid, ways)
     for line in lines(config, grid):
         say(line)
-    seen = [_looked_at(group) for group in groups(first)]
+    rows = _Rows()
+    seen = [rows.looked_at(group) for group in groups(first)]
+    for [(_, found), *_others] in seen:
+        _refuse_problems(found, observe)
     if not resume:
         SweepFolder.check_new(config.output, force=force)
     with _opened(config, grid, ways, first, resume=resume, force=force) as folder:
-        work = _Work(folder, config, grid, ways, observe, say)
+        work = _Work(folder, config, ways, observe, say)
         for inputs in seen:
             work.train(inputs)
-        verdict = work.double(seen[0]) if ways.until_plateau else None
+        verdict = work.double(rows) if ways.until_plateau else None
         return SweepResult(sweep=folder.path, tried=tuple(work.tried()), verdict=verdict)
 
 
@@ -197,20 +204,37 @@ def _of_rank(config: RunConfig, r: int, ways: Ways) -> list[Candidate]:
     return [candidate(config, {RANK: r, SEED: seed}) for seed in seeds]
 
 
+def _refuse_problems(found: Inputs, observe: Observe) -> None:
+    """What `decal check` finds of a group's first candidate, as `decal train` does."""
+    for finding in before(found):
+        if finding.level == "problem":
+            way_out = "train a run with --no-check to see it all the same"
+            raise finding.as_problem(way_out).error
+        if finding.level == "warning":
+            observe(None, Note(text=finding.line()))
+
+
 Looked = list[tuple[Candidate, Inputs]]
 
 
-def _looked_at(group: Sequence[Candidate]) -> Looked:
-    """What each candidate of a group begins with; all problems of one are raised as one error."""
-    first, *others = group
-    found = look(first.config)
-    found.refuse()
-    looked = [(first, found)]
-    for each in others:
-        again = look_again(found, each.config)
-        again.refuse()
-        looked.append((each, again))
-    return looked
+class _Rows:
+    """What candidates begin with; base and data of a group, and the rows of a seed, read once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, int | None], Inputs] = {}
+
+    def looked_at(self, group: Sequence[Candidate]) -> Looked:
+        """Of each candidate of a group; all problems of one are raised as one error."""
+        looked: Looked = []
+        for each in group:
+            key = shared(each.config), row_seed(each.config)
+            near = [found for known, found in self._seen.items() if known[0] == key[0]]
+            known = self._seen.get(key, near[0] if near else None)
+            found = look_again(known, each.config) if known else look(each.config)
+            found.refuse()
+            self._seen.setdefault(key, found)
+            looked.append((each, found))
+        return looked
 
 
 def _opened(
@@ -250,41 +274,50 @@ class _Work:
 
     folder: SweepFolder
     config: RunConfig
-    grid: Mapping[str, Sequence[Any]]
     ways: Ways
     observe: Observe
     say: Say
-    runs: dict[str, Path] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+    """Candidates that were trained, or were over, in this sitting."""
+    base: _Base | None = None
+    """The one that is loaded."""
 
     def train(self, looked: Looked) -> None:
         """Trains those candidates of a group that are not over, wave by wave."""
         for each, _ in looked:
-            self.runs[each.name] = Path(each.config.output)
+            self.seen.add(each.name)
             self._note(each, None)
-        left = [(e, found) for e, found in looked if self._entry(e.name)["status"] not in OVER]
-        if not left:
-            return
-        base = _Base(left[0][1], self.say)
-        for finding in before(left[0][1]):
-            if finding.level == "problem":
-                raise finding.as_problem("train a run with --no-check to see it all the same").error
-            if finding.level == "warning":
-                self.observe(None, Note(text=finding.line()))
-        for wave in base.waves(left):
-            self._wave(base, wave)
+        for wave in _waves(looked):
+            statuses = self._statuses()
+            left = [(each, found) for each, found in wave if statuses[each.name] not in OVER]
+            if left:
+                self._wave(self._on_base(left[0][1]), left, {each.name for each, _ in wave})
 
-    def double(self, looked: Looked) -> str:
+    def _on_base(self, found: Inputs) -> _Base:
+        """The base of these candidates; another one is forgotten before it is loaded."""
+        if self.base is None or self.base.key != shared(found.config):
+            self.base = None
+            gc.collect()
+            give_back_freed()
+            self.base = _Base(found, self.say)
+        return self.base
+
+    def double(self, rows: _Rows) -> str:
         """Doubles the rank until that stops paying; says where, and why."""
         while True:
-            verdict = plateau.verdict(self._losses(), self.ways.threshold)
+            losses = self._losses()
+            verdict = plateau.verdict(losses, self.ways.threshold)
             if verdict is None:
                 return "too few candidates came to an evaluation to compare ranks"
             self.say(verdict.why)
             if verdict.over:
                 return f"r = {verdict.r}: {verdict.why}"
-            more = _of_rank(self.config, 2 * max(self._losses()), self.ways)
-            found = looked[0][1]
-            self.train([(each, look_again(found, each.config)) for each in more])
+            r = 2 * max(losses)
+            more = _of_rank(self.config, r, self.ways)
+            if any(each.name in self.seen for each in more):
+                return f"r = {verdict.r}: {verdict.why}; r = {r} failed"
+            for group in groups(more):
+                self.train(rows.looked_at(group))
 
     def tried(self) -> list[Tried]:
         """What became of each candidate."""
@@ -304,29 +337,38 @@ class _Work:
             )
         return found
 
-    def _losses(self) -> dict[int, list[float]]:
-        """Rank -> best evaluation losses of its seeds."""
-        found: dict[int, list[float]] = {}
+    def _losses(self) -> dict[int, dict[int, float]]:
+        """Rank -> seed -> best evaluation loss, of those that came to one."""
+        found: dict[int, dict[int, float]] = {}
         for each in self.tried():
             loss = each.result.get("best_eval_loss")
-            if loss is not None:
-                found.setdefault(each.settings[RANK], []).append(loss)
+            if loss is not None and each.name in self.seen:
+                seed = each.settings.get(SEED, self.config.train.seed)
+                found.setdefault(each.settings[RANK], {})[seed] = loss
         return found
 
-    def _wave(self, base: _Base, wave: Looked) -> None:
+    def _wave(self, base: _Base, wave: Looked, names: Collection[str]) -> None:
+        """Trains some side by side; `names` are these and those of the wave that are over."""
         with ExitStack() as stack:
             sessions = base.attach(wave)
             stack.callback(base.detach, list(sessions))
-            runs = {}
+            runs: dict[str, RunFolder] = {}
+            jobs: dict[str, Job] = {}
             for each, _ in wave:
                 resume = (Path(each.config.output) / "run.yaml").exists()
-                runs[each.name] = stack.enter_context(open_run(each.config, resume=resume))
-                write_info(sessions[each.name], runs[each.name], each.config.output)
+                run = stack.enter_context(open_run(each.config, resume=resume))
+                write_info(sessions[each.name], run, each.config.output)
                 self._note(each, "training")
-            judge = self._judge(sessions) if self.ways.halving else None
+                own: Callable[[Event], None] = partial(self.observe, each.name)
+                if not jobs:  # one of them gives freed memory back for all
+                    own = tidy(own)
+                observe = stack.enter_context(reporting(each.config, run, own))
+                runs[each.name] = run
+                jobs[each.name] = job_of(sessions[each.name], run, observe, resume=True)
+            judge = self._judge(sessions, names) if self.ways.halving else None
             with base.session.training():
                 outcomes = train_together(
-                    self._jobs(sessions, runs),
+                    jobs,
                     partial(joint.losses, sessions),
                     tokens=self.config.train.micro_batch_tokens,
                     judge=judge,
@@ -339,38 +381,29 @@ class _Work:
                     self._note(each, "stopped" if outcome.halted else "done", outcome.stopped)
                 else:
                     self._note(each, "failed", outcome.message)
-                    self.observe(each.name, Note(text=f"{each.name} failed: {outcome}"))
 
-    def _jobs(
-        self, sessions: Mapping[str, Session], runs: Mapping[str, RunFolder]
-    ) -> dict[str, Job]:
-        """Every candidate as a training. One of them gives freed memory back for all."""
-        first = next(iter(sessions))
-        jobs = {}
-        for name, session in sessions.items():
-            observe: Callable[[Event], None] = partial(self.observe, name)
-            if name == first:
-                observe = tidy(observe)
-            jobs[name] = job_of(session, runs[name], observe, resume=True)
-        return jobs
+    def _judge(self, sessions: Mapping[str, Session], names: Collection[str]) -> Judge:
+        """Compares with those of the wave that are over, and with those of others that are done.
 
-    def _judge(self, sessions: Mapping[str, Session]) -> Judge:
-        """Compares with those that are over, too."""
+        Whoever is compared, and in what order, is the same when the sweep is resumed.
+        """
         known = {}
-        for entry in self.folder.read()["candidates"]:
-            if entry["status"] == "done":
-                rows = RunFolder.look(self.folder.path / entry["name"]).metrics()
-                known[entry["name"]] = [
-                    (row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row
-                ]
         steps = {name: session.total_steps for name, session in sessions.items()}
-        for name in known:
-            steps.setdefault(name, max(steps.values()))
-        return Halving([*known, *sessions], steps, known)
+        order = []
+        for name, status in self._statuses().items():
+            if name in sessions:
+                order.append(name)
+            elif status in OVER and (name in names or status == "done"):
+                run = RunFolder.look(self.folder.path / name)
+                steps[name] = run.info()["steps"]
+                rows = [row for row in run.metrics() if "eval_loss" in row]
+                known[name] = [(row["step"], row["eval_loss"]) for row in rows]
+                order.append(name)
+        return Halving(order, steps, known)
 
-    def _entry(self, name: str) -> dict[str, Any]:
-        entries: list[dict[str, Any]] = self.folder.read()["candidates"]
-        return next(entry for entry in entries if entry["name"] == name)
+    def _statuses(self) -> dict[str, str]:
+        """Of every candidate so far, in order."""
+        return {entry["name"]: entry["status"] for entry in self.folder.read()["candidates"]}
 
     def _note(self, each: Candidate, status: str | None, why: str | None = None) -> None:
         """Writes down a candidate's status; with None only that there is such a candidate."""
@@ -385,11 +418,18 @@ class _Work:
         self.folder.write(state)
 
 
+def _waves(looked: Looked) -> list[Looked]:
+    """Candidates of a group that are trained together."""
+    together = [(each, found) for each, found in looked if joinable(each.config)]
+    alone = [[(each, found)] for each, found in looked if not joinable(each.config)]
+    return [together, *alone] if together else alone
+
+
 class _Base:
     """The base of one group, loaded when the first candidate needs it."""
 
     def __init__(self, found: Inputs, say: Say):
-        self._found = found
+        self.key = shared(found.config)
         self._say = say
         self._session: Session | None = None
 
@@ -398,17 +438,6 @@ class _Base:
         """Any candidate's, for what all have in common."""
         assert self._session is not None
         return self._session
-
-    def waves(self, looked: Looked) -> list[Looked]:
-        """Candidates that are trained together."""
-        waves: list[Looked] = []
-        together: Looked = []
-        for each, found in looked:
-            if joinable(each.config):
-                together.append((each, found))
-            else:
-                waves.append([(each, found)])
-        return [together, *waves] if together else waves
 
     def attach(self, wave: Looked) -> dict[str, Session]:
         """Every candidate's session; all adapters are on the one model, and trainable."""
@@ -422,7 +451,11 @@ class _Base:
             adapter = each.config.adapter
             shown = f", r {adapter.r}" if isinstance(adapter, LoraConfig) else ""
             self._say(f"candidate {each.name}{shown}")
-        train_only(self.session.model, frozenset(sessions))
+        model = self.session.model
+        train_only(model, frozenset(sessions))
+        head = head_of(model, OBJECTIVES[self.session.config.objective])
+        for session in sessions.values():  # one for all: an adapter on the head is in its way
+            session.head = head
         return sessions
 
     def detach(self, names: Sequence[str]) -> None:

@@ -120,7 +120,7 @@ def train(
         if resume:
             session = ready()
         write_info(session, run, config.output)
-        with session.training(), _reporting(config, run, observe) as report:
+        with session.training(), reporting(config, run, observe) as report:
             result = run_loop(job_of(session, run, report, resume))
         weights, scores = finish(session, run, result)
     trainable, total = trainable_parameters(session.model)
@@ -176,7 +176,7 @@ def tidy(observe: Callable[[Event], None]) -> Callable[[Event], None]:
 
 
 @contextmanager
-def _reporting(
+def reporting(
     config: RunConfig, run: RunFolder, observe: Callable[[Event], None]
 ) -> Iterator[Callable[[Event], None]]:
     """The observer, after the trackers of `train.report_to`."""
