@@ -7,17 +7,19 @@ numbers; their widths jump as values change, so the line is formatted here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
-from decal.train.events import EvalDone, Evaluating, Event, Note, Saved, StepDone
+from decal.train.events import EvalDone, Evaluating, Event, Note, Over, Saved, StepDone
 
 PLAIN_SECONDS = 10.0
 """Between two lines where there is no terminal: shows life without filling a log."""
+MANY = 6
+"""Candidates whose losses have room in a line."""
 
 
 class TrainingProgress:
@@ -107,9 +109,12 @@ class SweepProgress:
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic):
         self._shown = TrainingProgress(console, clock)
-        self._steps: dict[str, StepDone] = {}
-        self._evaluated: dict[int, dict[str, float]] = {}
-        self._over: set[str] = set()
+        self._running: dict[str, StepDone] = {}
+        """The last step of each that is not over."""
+        self._moved: set[str] = set()
+        """Those that have made a step since the last one that was shown."""
+        self._evaluated: dict[str, EvalDone] = {}
+        """Evaluations that are not shown yet."""
 
     def __enter__(self) -> SweepProgress:
         return self
@@ -123,35 +128,74 @@ class SweepProgress:
 
     def observe(self, name: str | None, event: Event) -> None:
         """Takes an event of one candidate, or with None of all of them."""
-        if isinstance(event, StepDone) and name is not None:
-            self._steps[name] = event
-            if event.step == event.total:
-                self._over.add(name)
-            running = [e for n, e in self._steps.items() if n not in self._over] or [event]
-            if name == next((n for n in reversed(self._steps) if n not in self._over), name):
-                self._shown.step(min(running, key=lambda e: e.step), self._losses())
-        elif isinstance(event, EvalDone) and name is not None:
-            self._evaluated.setdefault(event.step, {})[name] = event.eval_loss
-            found = self._evaluated[event.step]
-            if len(found) == len(self._steps):
-                parts = "  ".join(f"{n} {loss:.4f}" for n, loss in found.items())
-                self.say(f"step {event.step:,}: eval loss  {parts}")
-        elif isinstance(event, Note):
-            if name is not None and not event.warning:
-                self._over.add(name)
+        if isinstance(event, Note):
             text = event.text if name is None else f"{name}: {event.text}"
             self._shown.observe(Note(text=text, warning=event.warning))
+        elif name is None:
+            return
+        elif isinstance(event, StepDone):
+            self._running[name] = event
+            self._moved.add(name)
+            self._show()
+        elif isinstance(event, EvalDone):
+            if name in self._evaluated:
+                self._show_evaluated()
+            self._evaluated[name] = event
+            if self._running.keys() <= self._evaluated.keys():
+                self._show_evaluated()
+        elif isinstance(event, Over):
+            self._end(name, event)
         elif isinstance(event, Evaluating):
             self._shown.observe(event)
 
-    def _losses(self) -> str:
+    def _end(self, name: str, event: Over) -> None:
+        if event.error is not None:
+            self._shown.observe(Note(text=f"{name} failed: {event.error.message}"))
+        self._running.pop(name, None)
+        self._moved.discard(name)
+        if self._evaluated and self._running.keys() <= self._evaluated.keys():
+            self._show_evaluated()
+        if self._running:
+            self._show()
+
+    def _show(self) -> None:
+        """The bar is where the last of them is; it moves when all of them have."""
+        if self._running.keys() <= self._moved:
+            self._moved.clear()
+            last = min(self._running.values(), key=lambda e: e.step / e.total)
+            self._shown.step(last, self._numbers())
+
+    def _show_evaluated(self) -> None:
+        """One line; the step of each where they are not at the same."""
+        found = self._evaluated
+        steps = {event.step for event in found.values()}
+        at = f"step {steps.pop():,}: " if len(steps) == 1 else ""
+        losses = {n: e.eval_loss for n, e in found.items()}
+        self.say(f"{at}eval loss  {_some(losses)}")
+        self._evaluated = {}
+
+    def _numbers(self) -> str:
         """`r4 1.2345  r8 1.1987  812 tokens/s  2:05 left`"""
-        parts = [f"{name} {event.loss:.4f}" for name, event in self._steps.items()]
-        last = max(self._steps.values(), key=lambda e: e.eta)
-        parts.append(f"{last.tokens_per_second:,.0f} tokens/s")
-        if last.step < last.total:
-            parts.append(f"{duration(last.eta)} left")
+        events = list(self._running.values())
+        parts = [_some({name: event.loss for name, event in self._running.items()})]
+        parts.append(f"{sum(e.tokens for e in events) / _seconds(events):,.0f} tokens/s")
+        left = max(e.eta for e in events)
+        if any(e.step < e.total for e in events):
+            parts.append(f"{duration(left)} left")
         return "  ".join(parts)
+
+
+def _seconds(steps: Sequence[StepDone]) -> float:
+    """What a step of each took, one after the other."""
+    return max(sum(e.tokens / max(e.tokens_per_second, 1e-9) for e in steps), 1e-9)
+
+
+def _some(losses: Mapping[str, float]) -> str:
+    """`r4 1.2345  r8 1.1987`; of many only the lowest."""
+    lowest = sorted(losses, key=lambda name: losses[name])[:MANY]
+    shown = [f"{name} {losses[name]:.4f}" for name in losses if name in lowest]
+    more = len(losses) - len(shown)
+    return "  ".join([*shown, f"({more} more are higher)"] if more else shown)
 
 
 def numbers(event: StepDone, eval_loss: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,7 +59,7 @@ def sweep(
     config = load_run(run, overrides or [])
     result = _swept(
         config,
-        dict(_values(text) for text in grid or ()),
+        _grid(grid or ()),
         memory,
         until_plateau=until_plateau,
         threshold=threshold,
@@ -92,6 +93,15 @@ def _show(result: SweepResult) -> None:
     console.table(result.rows())
     for line in result.lines():
         console.write(line)
+
+
+def _grid(texts: Sequence[str]) -> dict[str, list[Any]]:
+    """All --grid options; a key that comes twice has the values of both."""
+    grid: dict[str, list[Any]] = {}
+    for text in texts:
+        key, values = _values(text)
+        grid.setdefault(key, []).extend(values)
+    return grid
 
 
 def _values(text: str) -> tuple[str, list[Any]]:

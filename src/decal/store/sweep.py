@@ -24,6 +24,7 @@ from decal.store.files import JSON_LIMIT, check_free, read_json, write_json, wri
 from decal.store.run import hold, remove
 from decal.untrusted import read_bounded
 
+PICTURES = ("loss.png", "quality.png", "spectrum.png")
 STATUSES = ("waiting", "training", "done", "stopped", "failed")
 """`stopped` was ended in favour of others; its run folder is whole all the same."""
 
@@ -109,7 +110,10 @@ class SweepFolder:
         candidates = state.get("candidates")
         sound = isinstance(candidates, list) and all(_is_candidate(c) for c in candidates)
         if not sound:
-            raise OutputError(f"`{self.path / 'sweep.json'}` is damaged: it lists no candidates")
+            raise OutputError(
+                f"`{self.path / 'sweep.json'}` is damaged: it lists no candidates",
+                hint="choose another output, or remove the folder",
+            )
         return state
 
     def write(self, state: Mapping[str, Any]) -> None:
@@ -121,9 +125,13 @@ class SweepFolder:
         if not (self.path / "sweep.json").is_file():
             return []
         names = [candidate["name"] for candidate in self.read()["candidates"]]
-        own = ["sweep.yaml", "sweep.json", "samples.json", "report.html"]
-        own += [file.name for file in self.path.glob("*.png")]
-        return [name for name in (*names, *own) if Path(name).name == name]
+        own = ["sweep.yaml", "sweep.json", "samples.json", "report.html", *PICTURES]
+        return [name for name in (*names, *own) if _is_name(name)]
+
+
+def _is_name(text: str) -> bool:
+    """Whether it names something in a folder, and no place outside of it nor the folder itself."""
+    return text not in ("", ".", "..") and "/" not in text and Path(text).name == text
 
 
 def _is_candidate(value: Any) -> bool:
@@ -131,6 +139,7 @@ def _is_candidate(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("name"), str)
+        and _is_name(value["name"])
         and isinstance(value.get("settings"), dict)
         and value.get("status") in STATUSES
     )

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from decal.config import TrainConfig
 from decal.data.batch import Batch
+from decal.errors import DecalError
 
 Loss = Callable[[Batch, int | None], tuple[Tensor, int]]
 """(micro-batch, epoch) -> (sum of the token losses: scalar that requires grad, trained tokens).
@@ -164,7 +165,14 @@ class Note:
     warning: bool = True
 
 
-Event = StepDone | Evaluating | EvalDone | Saved | Note
+@dataclass(frozen=True, kw_only=True)
+class Over:
+    """One of several trainings has ended; `error` says why it failed, if it did."""
+
+    error: DecalError | None
+
+
+Event = StepDone | Evaluating | EvalDone | Saved | Note | Over
 
 
 @dataclass(frozen=True, kw_only=True)

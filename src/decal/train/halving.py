@@ -13,7 +13,7 @@ Knows no files and no models.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import ceil
 
 from decal.train.checkpoint import Progress
@@ -52,6 +52,7 @@ class Halving:
         self._steps = dict(steps)
         self._curves: dict[str, Curve] = dict(known or {})
         self._over = set(self._curves)
+        self._failed: set[str] = set()
         self._left = halvings(len(self._alive))
         self._round = 0
         self.ended: dict[str, str] = {}
@@ -69,28 +70,35 @@ class Halving:
             if name in self.ended or self._loss(name) is None
         }
 
-    def over(self, name: str) -> None:
-        """What ended by itself is judged by its last evaluation; without any it is out."""
+    def over(self, name: str, curve: Sequence[tuple[int, float]] | None) -> None:
+        """What stopped early is judged by its last evaluation, what failed is out from then on."""
         self._over.add(name)
-        if name in self._alive and not self._curves.get(name):
-            self._alive.remove(name)
+        if curve is None:
+            self._failed.add(name)
+        else:
+            self._curves[name] = list(curve)
 
     def _decide(self) -> bool:
         """Ends the losers of this round, if all that are left have come to it."""
         found = {name: self._loss(name) for name in self._alive}
         losses = {name: loss for name, loss in found.items() if loss is not None}
-        if len(losses) < len(found):
+        if not found.keys() - losses.keys() <= self._out():
             return False
         keep = self._left[self._round]
         ranked = sorted(losses, key=lambda name: (losses[name], self._alive.index(name)))
         for place, name in enumerate(ranked[keep:], keep + 1):
             if name not in self._over:
                 self.ended[name] = (
-                    f"halved out at eval loss {losses[name]:.4f}, number {place} of {len(ranked)};"
-                    f" {keep} went on from {losses[ranked[keep - 1]]:.4f} down"
+                    f"halved out at an eval loss of {losses[name]:.4f}, place {place} of"
+                    f" {len(ranked)}; the {keep} that went on had {losses[ranked[keep - 1]]:.4f}"
+                    " or less"
                 )
         self._alive = [name for name in self._alive if name in ranked[:keep]]
         return True
+
+    def _out(self) -> set[str]:
+        """Those that are over and will never come to an evaluation that counts."""
+        return self._failed | {name for name in self._over if not self._curves.get(name)}
 
     def _loss(self, name: str) -> float | None:
         """What a candidate is judged by in this round; None before it has come to it."""
@@ -100,6 +108,6 @@ class Halving:
         at = ceil(self._steps[name] / share)
         curve = self._curves.get(name, [])
         reached = [loss for step, loss in curve if step >= at]
-        if not reached and name in self._over:
+        if not reached and name in self._over - self._failed:
             reached = [loss for _, loss in curve[-1:]]
         return reached[0] if reached else None

@@ -131,6 +131,8 @@ def training(job: Job, stop: StopSignal, memory: PeakMemory) -> Training:
         elif progress.eval_curve:
             progress.halted = yield from _judged(job, progress)
             over = progress.halted is not None
+            if stop.received and not over:
+                raise interrupted(progress.step, total, stop.received)
 
         for step in islice(job.steps.steps(progress.step), 0 if over else total - progress.step):
             lr = lr_at(step.index, total, job.settings)

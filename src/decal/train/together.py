@@ -30,14 +30,14 @@ from torch import Tensor
 from decal.data.batch import Batch
 from decal.errors import DecalError, Interrupted
 from decal.train.checkpoint import Progress
-from decal.train.events import Event, Job, Note, Result
+from decal.train.events import Event, Job, Note, Over, Result
 from decal.train.exact import deterministic
 from decal.train.loop import training
 from decal.train.memory import PeakMemory
 from decal.train.passes import Answer, Judged, Pass, Request, Training
 from decal.train.room import fitting, hopeless, is_out_of_memory
 from decal.train.stop import StopSignal
-from decal.train.trouble import refuse_untrainable
+from decal.train.trouble import all_interrupted, refuse_untrainable
 
 Outcome = Result | DecalError
 
@@ -64,8 +64,8 @@ class Judge(Protocol):
         Those that are left out wait for others, which must not wait for them.
         """
 
-    def over(self, name: str) -> None:
-        """This training has ended, whatever the reason."""
+    def over(self, name: str, curve: Sequence[tuple[int, float]] | None) -> None:
+        """This training has ended, with these evaluations; None if it failed."""
 
 
 class NoJudge:
@@ -75,7 +75,7 @@ class NoJudge:
         """None for all."""
         return dict.fromkeys(waiting)
 
-    def over(self, name: str) -> None:
+    def over(self, name: str, curve: Sequence[tuple[int, float]] | None) -> None:
         """Does not matter."""
 
 
@@ -101,7 +101,6 @@ def train_together(
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; every training that was not over has its checkpoint.
-        TrainingError: one sample alone does not fit into memory.
     """
     for job in jobs.values():
         refuse_untrainable(job)
@@ -114,16 +113,17 @@ def train_together(
     ):
         crowd = _Crowd(losses, tokens, judge or NoJudge(), observe)
         for name, job in jobs.items():
+            crowd.jobs[name] = job
             crowd.trainings[name] = training(job, stop, memory)
             stack.callback(crowd.trainings[name].close)
         for name in jobs:
-            crowd.advance(name, None)
+            crowd.advance(name)
         while crowd.requests:
             crowd.judge_some(everybody=stop.requested)
             crowd.compute_some()
         stopped = [e for e in crowd.outcomes.values() if isinstance(e, Interrupted)]
         if stopped:
-            raise stopped[-1]
+            raise all_interrupted(stopped)
         return {name: crowd.outcomes[name] for name in jobs}
 
 
@@ -131,6 +131,7 @@ class _Crowd:
     """The trainings, what each waits for, and what became of those that are over."""
 
     def __init__(self, losses: Losses, tokens: int, judge: Judge, observe: Callable[[Event], None]):
+        self.jobs: dict[str, Job] = {}
         self.trainings: dict[str, Training] = {}
         self.requests: dict[str, Request] = {}
         self.outcomes: dict[str, Outcome] = {}
@@ -139,11 +140,15 @@ class _Crowd:
         self._judge = judge
         self._observe = observe
 
-    def advance(self, name: str, reply: Answer | str | None) -> None:
-        """Runs one training until it asks for something or is over."""
+    def advance(self, name: str, reply: Answer | str | DecalError | None = None) -> None:
+        """Runs one training until it asks for something or is over; an error ends it."""
         self.requests.pop(name, None)
+        training = self.trainings[name]
         try:
-            self.requests[name] = self.trainings[name].send(reply)
+            if isinstance(reply, DecalError):
+                self.requests[name] = training.throw(reply)
+            else:
+                self.requests[name] = training.send(reply)
         except StopIteration as done:
             self._end(name, done.value)
         except DecalError as error:
@@ -151,7 +156,10 @@ class _Crowd:
 
     def _end(self, name: str, outcome: Outcome) -> None:
         self.outcomes[name] = outcome
-        self._judge.over(name)
+        error = outcome if isinstance(outcome, DecalError) else None
+        self._judge.over(name, None if isinstance(outcome, DecalError) else outcome.eval_curve)
+        if not isinstance(error, Interrupted):
+            self.jobs[name].observe(Over(error=error))
 
     def judge_some(self, *, everybody: bool) -> None:
         """Answers those whose evaluation is over, as far as the judge has decided."""
@@ -173,8 +181,12 @@ class _Crowd:
             for name, answer in self._computed(chosen).items():
                 self.advance(name, answer)
 
-    def _computed(self, passes: Mapping[str, Pass]) -> dict[str, Answer]:
-        """Where memory runs out, all of it again in smaller parts; see room.py."""
+    def _computed(self, passes: dict[str, Pass]) -> Mapping[str, Answer | DecalError]:
+        """Where memory runs out, all of it again in smaller parts; see room.py.
+
+        A training one of whose samples does not fit alone gets that error, the others go on.
+        """
+        errors: dict[str, DecalError] = {}
         while True:
             known = [p.progress.micro_batch_tokens for p in passes.values()]
             limit = min([self._tokens, *(n for n in known if n is not None)])
@@ -184,24 +196,28 @@ class _Crowd:
             try:
                 for group in _groups(passes, cut, limit):
                     self._one_pass(passes, group, answers)
-                return answers
+                return {**answers, **errors}
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 if len(group) == 1 and len(group[0].batch.rows) == 1:
-                    wanted = passes[group[0].name]
-                    raise hopeless(wanted.job, group[0].batch, wanted.where, error) from error
+                    name = group[0].name
+                    wanted = passes[name]
+                    errors[name] = hopeless(wanted.job, group[0].batch, wanted.where, error)
             # The error is gone here, and with it the frames that held activations.
-            size = sum(share.batch.input_ids.numel() for share in group)
-            self._shrink(passes, size)
+            for wanted in passes.values():
+                wanted.undo()
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if errors.keys() & passes.keys():
+                passes = {name: wanted for name, wanted in passes.items() if name not in errors}
+            else:
+                self._shrink(passes, _size(group))
 
     def _shrink(self, passes: Mapping[str, Pass], size: int) -> None:
         for wanted in passes.values():
-            wanted.undo()
             wanted.progress.micro_batch_tokens = size // 2
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         self._tokens = size // 2
         text = (
             f"memory ran out with {size:,} tokens at once: from here on at most"
@@ -249,12 +265,16 @@ def _groups(
         for turn, batch in enumerate(batches)
     ]
     groups: list[list[Share]] = []
-    room = 0
     for _, share in sorted(shares, key=lambda pair: (pair[0], order[pair[1].name])):
-        size = share.batch.input_ids.numel()
-        if not groups or size > room:
+        if not groups or _size([*groups[-1], share]) > limit:
             groups.append([])
-            room = limit
         groups[-1].append(share)
-        room -= size
     return [sorted(group, key=lambda share: order[share.name]) for group in groups]
+
+
+def _size(group: Sequence[Share]) -> int:
+    """Tokens of the joint pass; padded batches become as wide as the widest."""
+    shapes = [share.batch.input_ids.shape for share in group]
+    if group[0].batch.layout == "flat":
+        return sum(shape[1] for shape in shapes)
+    return sum(shape[0] for shape in shapes) * max(shape[1] for shape in shapes)

@@ -142,6 +142,16 @@ def out_of_patience(progress: Progress, total: int) -> str:
     )
 
 
+def all_interrupted(stopped: Sequence[Interrupted]) -> Interrupted:
+    """The same for several trainings at once."""
+    error = Interrupted(
+        f"stopped with {len(stopped)} trainings under way; each has written a checkpoint",
+        hint="resume the sweep to go on from there",
+    )
+    error.exit_code = stopped[0].exit_code
+    return error
+
+
 def interrupted(step: int, total: int, received: int | None) -> Interrupted:
     """Ctrl-C or SIGTERM, after the checkpoint was written; the exit code says which."""
     error = Interrupted(

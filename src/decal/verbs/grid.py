@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from decal.config import FullConfig, LoraConfig, RunConfig
 from decal.errors import ConfigError
-from decal.problems import config_error
+from decal.problems import config_error, describe
 
 MOST = 64
 """Candidates of one sweep."""
@@ -38,6 +38,8 @@ _SHORT = {
 }
 """Settings whose usual name is shorter."""
 RESERVED = ("base", "default")
+LONGEST = 80
+"""Letters of a name; folders have room for 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,14 +73,30 @@ def candidates(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[Can
     for values in product(*grid.values()):
         changes = dict(zip(grid, values, strict=True))
         found.append(candidate(config, changes))
-    names = [each.name for each in found]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    settings = [each.config.model_copy(update={"output": ""}) for each in found]
+    twice = [e.name for e, own in zip(found, settings, strict=True) if settings.count(own) > 1]
     if twice:
         raise ConfigError(
-            f"the grid makes {len(twice)} candidates more than once",
+            f"the grid has {len(twice)} candidates with the settings of another",
             details=twice[:1],
             hint="name every value of --grid once",
         )
+    return _apart(found)
+
+
+def _apart(found: list[Candidate]) -> list[Candidate]:
+    """Values that differ in signs alone have one name: the later ones get a number."""
+    names: list[str] = []
+    for i, each in enumerate(found):
+        name, number = each.name, 1
+        while name.lower() in names:
+            number += 1
+            name = f"{each.name}_{number}"
+        names.append(name.lower())
+        if name != each.name:
+            output = str(Path(each.config.output).with_name(name))
+            own = each.config.model_copy(update={"output": output})
+            found[i] = replace(each, name=name, config=own)
     return found
 
 
@@ -110,9 +128,13 @@ def varied(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
         *path, leaf = key.split(".")
         section = values
         for part in path:
+            before = section.get(part)
             section = section.setdefault(part, {})
             if not isinstance(section, dict):
-                raise ConfigError(f"`{key}` is no setting: `{part}` has no settings of its own")
+                raise ConfigError(
+                    f"`{key}` cannot be varied: `{part}` is {describe(before)} and has no settings"
+                    " of its own"
+                )
         section[leaf] = value
     try:
         return RunConfig.model_validate(values)
@@ -121,10 +143,10 @@ def varied(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
 
 def groups(found: Sequence[Candidate]) -> Iterator[list[Candidate]]:
-    """Candidates that may share a base and its rows, in order of the first of each group."""
+    """Candidates that may share a base, in order of the first of each group."""
     by_key: dict[str, list[Candidate]] = {}
     for each in found:
-        by_key.setdefault(_shared(each.config), []).append(each)
+        by_key.setdefault(shared(each.config), []).append(each)
     yield from by_key.values()
 
 
@@ -141,6 +163,16 @@ def joinable(config: RunConfig) -> bool:
 
 def lines(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[str]:
     """What should be known of a grid before it is trained."""
+    found = []
+    if "train.seed" in grid and isinstance(config.data.eval, float):
+        found.append(
+            "every seed holds out other rows for evaluation: compare losses of one seed, or name a"
+            " file in data.eval"
+        )
+    return [*found, *_of_alpha(config, grid)]
+
+
+def _of_alpha(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> list[str]:
     adapter = config.adapter
     if "adapter.r" not in grid or not isinstance(adapter, LoraConfig):
         return []
@@ -176,13 +208,11 @@ def _refuse(config: RunConfig, grid: Mapping[str, Sequence[Any]]) -> None:
         )
 
 
-def _shared(config: RunConfig) -> str:
+def shared(config: RunConfig) -> str:
     """What candidates of one group have in common."""
     values = config.model_dump(mode="json", exclude={"adapter", "output"})
     train = values["train"]
     values["train"] = {key: train[key] for key in ALONE}
-    if config.data.shuffle:  # the seed decides which rows are held out
-        values["train"]["seed"] = train["seed"]
     return repr(values)
 
 
@@ -198,7 +228,9 @@ def _name(changes: Mapping[str, Any]) -> str:
     parts = []
     for key, value in changes.items():
         leaf = key.rpartition(".")[2]
-        text = _number(value) if isinstance(value, float) else str(value)
-        parts.append(_SHORT.get(leaf, leaf) + re.sub(r"[^A-Za-z0-9-]+", "_", text).strip("_"))
-    name = "-".join(parts)
+        text = f"_{describe(value)}"
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            text = _number(value) if isinstance(value, float) else str(value)
+        parts.append(_SHORT.get(leaf, leaf) + re.sub(r"[^A-Za-z0-9-]+", "_", text).rstrip("_"))
+    name = "-".join(parts)[:LONGEST].rstrip("_-") or "candidate"
     return f"{name}_" if name in RESERVED else name

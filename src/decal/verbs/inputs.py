@@ -112,14 +112,10 @@ class Inputs:
 
 def look(config: RunConfig) -> Inputs:
     """Reads and builds all that can be had; raises nothing that a user can cause."""
-    base, asked = config.base, config.adapter
+    base = config.base
     found = Inputs(config=config)
     found.attempt("settings", lambda: refuse_contradictions(config))
-    known: tuple[str, ...] | None = None
-    if isinstance(asked, ContinueConfig):
-        found.going_on = found.attempt("targets", lambda: read(asked.from_)[1])
-        if (going_on := found.going_on) is not None:
-            known = found.attempt("targets", lambda: labels_of(going_on))
+    known = _going_on(found)
     found.rows = rows = found.attempt("data", lambda: read_run_rows(config, known))
     folder = found.attempt(
         "model", lambda: hf.local_folder(base.path, base.revision, weights=False)
@@ -132,30 +128,57 @@ def look(config: RunConfig) -> Inputs:
         )
     if rows is not None and found.tokenizer is not None:
         found.encoded = found.attempt("data", lambda: encode(rows, found.tokenizer, config))
-    if found.skeleton is not None:
-        found.attempt("model", lambda: _quantize(found.skeleton, config))
-        found.table = found.attempt("targets", lambda: _attached(found))
-        if found.table is not None or isinstance(asked, FullConfig):
-            found.attempt("settings", lambda: rates(trained(found.skeleton), config))
-        if (encoded := found.encoded) is not None:
-            samples = [*encoded.train, *encoded.eval]
-            found.attempt("model", lambda: refuse_other_vocabulary(found.skeleton, samples))
-            found.attempt("data", lambda: refuse_beyond_context(found.skeleton, samples))
+    _attach_to_skeleton(found)
     return found
 
 
 def look_again(found: Inputs, config: RunConfig) -> Inputs:
-    """As `look`, for settings with the same base and rows: what was read for `found` is taken."""
-    again = replace(found, config=config, problems=[], skeleton=None, table=None)
-    if found.skeleton is None:
-        return again
-    again.skeleton = again.attempt("model", lambda: _skeleton(again, None))
-    if again.skeleton is not None:
-        again.attempt("model", lambda: _quantize(again.skeleton, config))
-        again.table = again.attempt("targets", lambda: _attached(again))
-        if again.table is not None:
-            again.attempt("settings", lambda: rates(trained(again.skeleton), config))
+    """As `look`, for settings with the same base and data: what was read for `found` is taken.
+
+    Rows are read again where the seed decides which of them are held out.
+    """
+    again = replace(found, config=config, problems=[], going_on=None, skeleton=None, table=None)
+    again.attempt("settings", lambda: refuse_contradictions(config))
+    known = _going_on(again)
+    if row_seed(config) != row_seed(found.config) and found.tokenizer is not None:
+        again.encoded = None
+        again.rows = rows = again.attempt("data", lambda: read_run_rows(config, known))
+        if rows is not None:
+            again.encoded = again.attempt("data", lambda: encode(rows, found.tokenizer, config))
+    if found.skeleton is not None:
+        again.skeleton = again.attempt("model", lambda: _skeleton(again, known))
+        _attach_to_skeleton(again)
     return again
+
+
+def row_seed(config: RunConfig) -> int | None:
+    """What decides which rows are trained on and which are held out; None where no seed does."""
+    drawn = config.data.shuffle or isinstance(config.data.eval, float)
+    return config.train.seed if drawn else None
+
+
+def _going_on(found: Inputs) -> tuple[str, ...] | None:
+    """Reads the adapter that training goes on with, if there is one; its classes, if it has any."""
+    asked = found.config.adapter
+    if not isinstance(asked, ContinueConfig):
+        return None
+    found.going_on = going_on = found.attempt("targets", lambda: read(asked.from_)[1])
+    return None if going_on is None else found.attempt("targets", lambda: labels_of(going_on))
+
+
+def _attach_to_skeleton(found: Inputs) -> None:
+    """Meets on the skeleton what the model would meet; and the rows, what it has no place for."""
+    config = found.config
+    if found.skeleton is None:
+        return
+    found.attempt("model", lambda: _quantize(found.skeleton, config))
+    found.table = found.attempt("targets", lambda: _attached(found))
+    if found.table is not None or isinstance(config.adapter, FullConfig):
+        found.attempt("settings", lambda: rates(trained(found.skeleton), config))
+    if (encoded := found.encoded) is not None:
+        samples = [*encoded.train, *encoded.eval]
+        found.attempt("model", lambda: refuse_other_vocabulary(found.skeleton, samples))
+        found.attempt("data", lambda: refuse_beyond_context(found.skeleton, samples))
 
 
 def make_trainable(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from decal.adapters import DropoutKey, Routing, current_routing, routed
 from decal.config import FullConfig, RunConfig
 from decal.data.batch import Batch
-from decal.data.pack import Batches, make_batches
+from decal.data.pack import Batches, LayoutName, make_batches
 from decal.data.sample import Sample
 from decal.errors import QuantError
 from decal.model import attention, heads, last_hidden, switches
@@ -242,9 +242,7 @@ def begin(found: Inputs, say: Say, adapter: str = ADAPTER) -> Session:
         tokenizer=tokenizer,
         samples=encoded.train,
         batches=_batches(config, encoded.train, flat),
-        eval_batches=make_batches(
-            encoded.eval, config.train.micro_batch_tokens, layout="flat" if flat else "padded"
-        ),
+        eval_batches=_eval_batches(config, encoded.eval, flat),
         flattening=flattening,
         head=head_of(model, OBJECTIVES[config.objective]),
         rates=rates(trained(model, adapter), config),
@@ -255,16 +253,23 @@ def begin(found: Inputs, say: Say, adapter: str = ADAPTER) -> Session:
 
 
 def beside(session: Session, found: Inputs, adapter: str) -> Session:
-    """Another candidate on the model of `session`: same base, same rows, an adapter of its own.
+    """Another candidate on the model of `session`: rows, and an adapter, of its own.
 
-    Raises as `attach`.
+    `head` is none until all candidates are attached. Raises as `attach`.
     """
-    config = found.config
+    config, encoded = found.config, found.encoded
+    assert encoded is not None
     table = _make_trainable(session.model, found, lambda line: None, adapter)
+    same = encoded.train is session.samples
     return replace(
         session,
         config=config,
-        batches=_batches(config, session.samples, session.flat),
+        samples=encoded.train,
+        batches=_batches(config, encoded.train, session.flat),
+        eval_batches=(
+            session.eval_batches if same else _eval_batches(config, encoded.eval, session.flat)
+        ),
+        head=None,
         rates=rates(trained(session.model, adapter), config),
         table=table,
         adapter=adapter,
@@ -302,6 +307,11 @@ def _batches(config: RunConfig, samples: list[Sample], flat: bool) -> Batches:
         seed=config.train.seed,
         layout="flat" if flat else "padded",
     )
+
+
+def _eval_batches(config: RunConfig, samples: list[Sample], flat: bool) -> list[Batch]:
+    layout: LayoutName = "flat" if flat else "padded"
+    return make_batches(samples, config.train.micro_batch_tokens, layout=layout)
 
 
 def _say_base(model: Any, bits: float, config: RunConfig, say: Say) -> None:

@@ -11,9 +11,10 @@ More candidates than memory has room for are trained in waves over the base that
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import gc
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from decal.errors import ConfigError
 from decal.model.heap import give_back_freed
 from decal.model.inject import adapters_of, detach
 from decal.model.state import train_only
+from decal.objectives import OBJECTIVES
 from decal.plan.memory import Peak
 from decal.runfile import dump_run, parse_run
 from decal.store.run import RunFolder
@@ -33,17 +35,20 @@ from decal.train.halving import Halving
 from decal.train.together import Judge, Outcome, train_together
 from decal.verbs import joint, plateau
 from decal.verbs.findings import before
-from decal.verbs.grid import Candidate, candidate, candidates, groups, joinable, lines
-from decal.verbs.inputs import Inputs, look, look_again
+from decal.verbs.grid import Candidate, candidate, candidates, groups, joinable, lines, shared
+from decal.verbs.inputs import Inputs, look, look_again, row_seed
 from decal.verbs.leaves import finish, job_of, open_run, tidy, write_info
+from decal.verbs.loss import head_of
 from decal.verbs.planned import planned, planned_info, verdict
 from decal.verbs.report import gather, write_report
 from decal.verbs.session import Say, Session, begin, beside
 from decal.verbs.swept import SweepResult, Tried
+from decal.verbs.train import reporting
 from decal.verbs.waves import expected, waves
 
 RANK, SEED = "adapter.r", "train.seed"
-OVER = ("done", "stopped", "failed")
+OVER = ("done", "stopped")
+"""What failed is tried again when the sweep is resumed, from its last checkpoint."""
 
 Observe = Callable[[str | None, Event], None]
 """Hears the name of a candidate, or None for all of them, and what happened."""
@@ -119,14 +124,17 @@ def sweep(
     first = _first_round(config, grid, ways)
     for line in lines(config, grid):
         say(line)
-    seen = [_looked_at(group) for group in groups(first)]
+    rows = _Rows()
+    seen = [rows.looked_at(group) for group in groups(first)]
+    for [(_, found), *_others] in seen:
+        _refuse_problems(found, observe)
     if not resume:
         SweepFolder.check_new(config.output, force=force)
     with _opened(config, grid, ways, first, resume=resume, force=force) as folder:
         work = _Work(folder, config, ways, memory, observe, say)
         for inputs in seen:
             work.train(inputs)
-        verdict = work.double(seen[0]) if until_plateau else None
+        verdict = work.double(rows) if until_plateau else None
         advice = _reported(folder.path, samples, observe)
         tried = tuple(work.tried())
         return SweepResult(sweep=folder.path, tried=tried, verdict=verdict, advice=advice)
@@ -180,20 +188,37 @@ def _of_rank(config: RunConfig, r: int, ways: Ways) -> list[Candidate]:
     return [candidate(config, {RANK: r, SEED: seed}) for seed in seeds]
 
 
+def _refuse_problems(found: Inputs, observe: Observe) -> None:
+    """What `decal check` finds of a group's first candidate, as `decal train` does."""
+    for finding in before(found):
+        if finding.level == "problem":
+            way_out = "train a run with --no-check to see it all the same"
+            raise finding.as_problem(way_out).error
+        if finding.level == "warning":
+            observe(None, Note(text=finding.line()))
+
+
 Looked = list[tuple[Candidate, Inputs]]
 
 
-def _looked_at(group: Sequence[Candidate]) -> Looked:
-    """What each candidate of a group begins with; all problems of one are raised as one error."""
-    first, *others = group
-    found = look(first.config)
-    found.refuse()
-    looked = [(first, found)]
-    for each in others:
-        again = look_again(found, each.config)
-        again.refuse()
-        looked.append((each, again))
-    return looked
+class _Rows:
+    """What candidates begin with; base and data of a group, and the rows of a seed, read once."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, int | None], Inputs] = {}
+
+    def looked_at(self, group: Sequence[Candidate]) -> Looked:
+        """Of each candidate of a group; all problems of one are raised as one error."""
+        looked: Looked = []
+        for each in group:
+            key = shared(each.config), row_seed(each.config)
+            near = [found for known, found in self._seen.items() if known[0] == key[0]]
+            known = self._seen.get(key, near[0] if near else None)
+            found = look_again(known, each.config) if known else look(each.config)
+            found.refuse()
+            self._seen.setdefault(key, found)
+            looked.append((each, found))
+        return looked
 
 
 def _opened(
@@ -237,38 +262,54 @@ class _Work:
     memory: int | None
     observe: Observe
     say: Say
+    seen: set[str] = field(default_factory=set)
+    """Candidates that were trained, or were over, in this sitting."""
+    base: _Base | None = None
+    """The one that is loaded."""
 
     def train(self, looked: Looked) -> None:
         """Trains those candidates of a group that are not over, wave by wave."""
         for each, _ in looked:
+            self.seen.add(each.name)
             self._note(each, None)
-        left = [(e, found) for e, found in looked if self._entry(e.name)["status"] not in OVER]
+        statuses = self._statuses()
+        left = {e.name: (e, found) for e, found in looked if statuses[e.name] not in OVER}
         if not left:
             return
-        for finding in before(left[0][1]):
-            if finding.level == "problem":
-                raise finding.as_problem("train a run with --no-check to see it all the same").error
-            if finding.level == "warning":
-                self.observe(None, Note(text=finding.line()))
-        base = _Base(*left[0], self.say)
-        inputs = {each.name: found for each, found in left}
-        together = [each for each, _ in left if joinable(each.config)]
-        alone = [[each] for each, _ in left if not joinable(each.config)]
-        for wave in [*waves(base.session, together, self.memory, self.say), *alone]:
-            self._wave(base, [(each, inputs[each.name]) for each in wave])
+        names = [each.name for each, _ in looked]
+        base = self._on_base(*next(iter(left.values())))
+        together = [each for each, _ in left.values() if joinable(each.config)]
+        for wave in waves(base.session, together, self.memory, self.say):
+            self._wave(base, [left[each.name] for each in wave], names)
+        for each, found in left.values():
+            if not joinable(each.config):
+                self._wave(base, [(each, found)], names)
 
-    def double(self, looked: Looked) -> str:
+    def _on_base(self, first: Candidate, found: Inputs) -> _Base:
+        """The base of these candidates; another one is forgotten before it is loaded."""
+        if self.base is None or self.base.key != shared(found.config):
+            self.base = None
+            gc.collect()
+            give_back_freed()
+            self.base = _Base(first, found, self.say)
+        return self.base
+
+    def double(self, rows: _Rows) -> str:
         """Doubles the rank until that stops paying; says where, and why."""
         while True:
-            verdict = plateau.verdict(self._losses(), self.ways.threshold)
+            losses = self._losses()
+            verdict = plateau.verdict(losses, self.ways.threshold)
             if verdict is None:
                 return "too few candidates came to an evaluation to compare ranks"
             self.say(verdict.why)
             if verdict.over:
                 return f"r = {verdict.r}: {verdict.why}"
-            more = _of_rank(self.config, 2 * max(self._losses()), self.ways)
-            found = looked[0][1]
-            self.train([(each, look_again(found, each.config)) for each in more])
+            r = 2 * max(losses)
+            more = _of_rank(self.config, r, self.ways)
+            if any(each.name in self.seen for each in more):
+                return f"r = {verdict.r}: {verdict.why}; r = {r} failed"
+            for group in groups(more):
+                self.train(rows.looked_at(group))
 
     def tried(self) -> list[Tried]:
         """What became of each candidate."""
@@ -288,32 +329,41 @@ class _Work:
             )
         return found
 
-    def _losses(self) -> dict[int, list[float]]:
-        """Rank -> best evaluation losses of its seeds."""
-        found: dict[int, list[float]] = {}
+    def _losses(self) -> dict[int, dict[int, float]]:
+        """Rank -> seed -> best evaluation loss, of those that came to one."""
+        found: dict[int, dict[int, float]] = {}
         for each in self.tried():
             loss = each.result.get("best_eval_loss")
-            if loss is not None:
-                found.setdefault(each.settings[RANK], []).append(loss)
+            if loss is not None and each.name in self.seen:
+                seed = each.settings.get(SEED, self.config.train.seed)
+                found.setdefault(each.settings[RANK], {})[seed] = loss
         return found
 
-    def _wave(self, base: _Base, wave: Looked) -> None:
+    def _wave(self, base: _Base, wave: Looked, names: Collection[str]) -> None:
+        """Trains some side by side; `names` are these and those of the wave that are over."""
         with ExitStack() as stack:
             sessions = base.attach(wave)
             stack.callback(base.detach, list(sessions))
-            runs = {}
+            runs: dict[str, RunFolder] = {}
+            jobs: dict[str, Job] = {}
             peak = expected(base.session, [each for each, _ in wave])
             for each, _ in wave:
-                session = sessions[each.name]
                 resume = (Path(each.config.output) / "run.yaml").exists()
-                runs[each.name] = stack.enter_context(open_run(each.config, resume=resume))
-                alone = {"alone_bytes": planned(session).reported, "together": len(wave)}
-                write_info(session, runs[each.name], {**planned_info(peak), **alone})
+                run = stack.enter_context(open_run(each.config, resume=resume))
+                alone = {"alone_bytes": planned(sessions[each.name]).reported}
+                together = {**planned_info(peak), **alone, "together": len(wave)}
+                write_info(sessions[each.name], run, together)
                 self._note(each, "training")
-            judge = self._judge(sessions) if self.ways.halving else None
+                own: Callable[[Event], None] = partial(self.observe, each.name)
+                if not jobs:  # one of them gives freed memory back for all
+                    own = tidy(own)
+                observe = stack.enter_context(reporting(each.config, run, own))
+                runs[each.name] = run
+                jobs[each.name] = job_of(sessions[each.name], run, observe, resume=True)
+            judge = self._judge(sessions, names) if self.ways.halving else None
             with base.session.training():
                 outcomes = train_together(
-                    self._jobs(sessions, runs),
+                    jobs,
                     partial(joint.losses, sessions),
                     tokens=self.config.train.micro_batch_tokens,
                     judge=judge,
@@ -332,7 +382,6 @@ class _Work:
                     self._note(each, "stopped" if outcome.halted else "done", outcome.stopped)
                 else:
                     self._note(each, "failed", outcome.message)
-                    self.observe(each.name, Note(text=f"{each.name} failed: {outcome}"))
 
     def _say_memory(self, peak: Peak, outcomes: Iterable[Outcome]) -> None:
         """What was planned for a wave and what it took."""
@@ -343,36 +392,28 @@ class _Work:
         if warning is not None:
             self.observe(None, Note(text=warning))
 
-    def _jobs(
-        self, sessions: Mapping[str, Session], runs: Mapping[str, RunFolder]
-    ) -> dict[str, Job]:
-        """Every candidate as a training. One of them gives freed memory back for all."""
-        first = next(iter(sessions))
-        jobs = {}
-        for name, session in sessions.items():
-            observe: Callable[[Event], None] = partial(self.observe, name)
-            if name == first:
-                observe = tidy(observe)
-            jobs[name] = job_of(session, runs[name], observe, resume=True)
-        return jobs
+    def _judge(self, sessions: Mapping[str, Session], names: Collection[str]) -> Judge:
+        """Compares with those of the wave that are over, and with those of others that are done.
 
-    def _judge(self, sessions: Mapping[str, Session]) -> Judge:
-        """Compares with those that are over, too."""
+        Whoever is compared, and in what order, is the same when the sweep is resumed.
+        """
         known = {}
-        for entry in self.folder.read()["candidates"]:
-            if entry["status"] == "done":
-                rows = RunFolder.look(self.folder.path / entry["name"]).metrics()
-                known[entry["name"]] = [
-                    (row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row
-                ]
         steps = {name: session.total_steps for name, session in sessions.items()}
-        for name in known:
-            steps.setdefault(name, max(steps.values()))
-        return Halving([*known, *sessions], steps, known)
+        order = []
+        for name, status in self._statuses().items():
+            if name in sessions:
+                order.append(name)
+            elif status in OVER and (name in names or status == "done"):
+                run = RunFolder.look(self.folder.path / name)
+                steps[name] = run.info()["steps"]
+                rows = [row for row in run.metrics() if "eval_loss" in row]
+                known[name] = [(row["step"], row["eval_loss"]) for row in rows]
+                order.append(name)
+        return Halving(order, steps, known)
 
-    def _entry(self, name: str) -> dict[str, Any]:
-        entries: list[dict[str, Any]] = self.folder.read()["candidates"]
-        return next(entry for entry in entries if entry["name"] == name)
+    def _statuses(self) -> dict[str, str]:
+        """Of every candidate so far, in order."""
+        return {entry["name"]: entry["status"] for entry in self.folder.read()["candidates"]}
 
     def _note(self, each: Candidate, status: str | None, why: str | None = None) -> None:
         """Writes down a candidate's status; with None only that there is such a candidate."""
@@ -396,6 +437,8 @@ class _Base:
     """
 
     def __init__(self, first: Candidate, found: Inputs, say: Say):
+        self.key = shared(found.config)
+        """What its candidates have in common."""
         self._say = say
         self.session = begin(found, say, first.name)
         """The first candidate's, for what all have in common."""
@@ -415,6 +458,9 @@ class _Base:
             own, _ = sessions[each.name].sizes()
             self._say(f"candidate {each.name}: {own:,} trainable parameters")
         train_only(model, frozenset(sessions))
+        head = head_of(model, OBJECTIVES[self.session.config.objective])
+        for session in sessions.values():  # one for all: an adapter on the head is in its way
+            session.head = head
         return sessions
 
     def detach(self, names: Sequence[str]) -> None:

@@ -131,7 +131,7 @@ def train(
             session = ready()
         expected = planned(session)
         write_info(session, run, planned_info(expected))
-        with session.training(), _reporting(config, run, observe) as report:
+        with session.training(), reporting(config, run, observe) as report:
             result = run_loop(job_of(session, run, report, resume))
         weights, scores = finish(session, run, result, observe)
     _say_memory(expected, result, say, observe)
@@ -180,7 +180,7 @@ def _nearby() -> Callable[[Event], None]:
 
 
 @contextmanager
-def _reporting(
+def reporting(
     config: RunConfig, run: RunFolder, observe: Callable[[Event], None]
 ) -> Iterator[Callable[[Event], None]]:
     """The observer, after the trackers of `train.report_to`."""

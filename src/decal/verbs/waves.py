@@ -101,9 +101,11 @@ def _peak(session: Session, setup: Setup, wave: Sequence[Candidate]) -> Peak:
 
 
 def _settings(session: Session, each: Candidate) -> LoraConfig:
-    """A candidate's adapter; one that goes on with an adapter has the settings of that."""
-    own = each.config.adapter
-    return own if isinstance(own, LoraConfig) else adapters_of(session.model)[session.adapter]
+    """A candidate's adapter; one that goes on with an adapter counts as those that are attached."""
+    attached, own = adapters_of(session.model), each.config.adapter
+    if each.name in attached:
+        return attached[each.name]
+    return own if isinstance(own, LoraConfig) else next(iter(attached.values()))
 
 
 def _cut(load: Load, share: float) -> Load:
