@@ -194,21 +194,31 @@ def test_stopped_and_resumed_is_never_stopped(inputs: Path, tmp_path: Path, halv
     assert_same_sweeps(tmp_path / "whole", tmp_path / "cut")
 
 
-@pytest.mark.parametrize("kind", [Saved, EvalDone])
+@pytest.mark.parametrize(
+    ("dtype", "kind", "steps"),
+    [("float32", EvalDone, {2}), ("float32", Saved, {2, 4}), ("bfloat16", Saved, {2, 4})],
+)
 def test_killed_between_checkpoints(
-    inputs: Path, mixed: SweepResult, tmp_path: Path, kind: type
+    inputs: Path, tmp_path: Path, dtype: str, kind: type, steps: set[int]
 ) -> None:
-    """Two candidates have the checkpoint of step 4, the others that of step 2.
+    """Some candidates have the checkpoint of step 4, the others that of step 2.
 
-    Fails when candidates must be at one step, or are set back to the slowest.
+    To the bit, where a row's products do not depend on the rows beside it: not those of torch in
+    float32. Fails when candidates must be at one step, or a step is left out or done twice.
     """
-    config = settings(inputs, tmp_path / "out")
+    whole = settings(inputs, tmp_path / "whole", base={"dtype": dtype})
+    sweep(whole, MIXED)
+    config = whole.model_copy(update={"output": str(tmp_path / "out")})
     with pytest.raises(KilledError):
         sweep(config, MIXED, observe=Stopper("r2-lr0_03", 4, kind, kill))
-    last = [RunFolder.look(tmp_path / "out" / name).steps()[-1] for name in states(mixed.sweep)]
-    assert set(last) == {2, 4}
+    names = states(tmp_path / "whole")
+    assert {RunFolder.look(tmp_path / "out" / name).steps()[-1] for name in names} == steps
     sweep(config, MIXED, resume=True)
-    assert_same_sweeps(mixed.sweep, tmp_path / "out")
+    if dtype == "float32" and len(steps) > 1:
+        for name in names:
+            assert_close_runs(tmp_path / "out" / name, tmp_path / "whole" / name)
+    else:
+        assert_same_sweeps(tmp_path / "whole", tmp_path / "out")
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
