@@ -60,6 +60,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("parameters", "cli/compare.py:compare"): "typer makes one option of each parameter",
     ("parameters", "cli/generate.py:generate"): "typer makes one option of each parameter",
     ("parameters", "cli/merge.py:merge"): "typer makes one option of each parameter",
+    ("parameters", "cli/sweep.py:sweep"): "typer makes one option of each parameter",
     **{
         ("parameters", f"kernels/{file}.py:attention_flat_backward"): "what forward took and gave"
         for file in ("ops", "native_attention", "fused_attention", "reference_attention")

@@ -115,8 +115,8 @@ def shares_of(
     shares = []
     for i, (name, each) in enumerate(chosen.items()):
         budget = 20 if i == 1 else 4096
-        for batch in make_batches(rows(range(4 * i, 4 * i + 4)), budget, layout=layout):
-            shares.append(Share(name, batch, each.epoch if learns else None))
+        batches = make_batches(rows(range(4 * i, 4 * i + 4)), budget, layout=layout)
+        shares += [Share(name, batch, each.epoch if learns else None) for batch in batches]
     assert len(shares) > len(chosen)
     return shares
 

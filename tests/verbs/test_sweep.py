@@ -142,7 +142,7 @@ def test_seeds_hold_out_their_own_rows(inputs: Path, tmp_path: Path) -> None:
 
 
 def test_a_head_of_one_candidate_reaches_its_rows_alone(inputs: Path, tmp_path: Path) -> None:
-    """Fails when the loss goes around an adapter on the head because the first candidate has none."""
+    """Fails when the loss goes around an adapter on the head that the first candidate lacks."""
     targets = [["q_proj"], ["q_proj", "lm_head"]]
     config = settings(inputs, tmp_path / "out")
     done = sweep(config, {"adapter.target_modules": targets})
@@ -421,7 +421,7 @@ def test_early_stopping_and_halving(inputs: Path, tmp_path: Path) -> None:
 def test_settings_that_contradict_each_other_are_found_before_the_base(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of any candidate, not only the first. Fails when only the first one's settings are looked at."""
+    """Of any candidate. Fails when only the first one's settings are looked at."""
     loaded = counted(monkeypatch)
     config = settings(inputs, tmp_path / "out", data={"eval": None}, train={"eval_every": None})
     with pytest.raises(ConfigError, match="early_stopping"):
