@@ -23,6 +23,7 @@ COMMANDS = [
     "init",
     "check",
     "train",
+    "sweep",
     "generate",
     "compare",
     "inspect",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from decal.cli import console
+
+if TYPE_CHECKING:
+    from decal.verbs.sweep import SweepResult
 
 
 def sweep(
@@ -44,15 +47,11 @@ def sweep(
     Trains all combinations side by side over one base. Each leaves a run folder of its own in the
     output folder, with an adapter that is what it would have been alone.
     """
-    from decal.errors import ConfigError
     from decal.runfile import load_run
 
     config = load_run(run, overrides or [])
-    if threshold is not None and not (until_plateau and 0 < threshold < 1):
-        raise ConfigError(
-            "--threshold is a share between 0 and 1 that goes with --until-plateau",
-            hint="--until-plateau --threshold 0.01",
-        )
+    if threshold is not None:
+        _check_threshold(threshold, until_plateau)
 
     from decal.cli.progress import SweepProgress
     from decal.verbs.sweep import Ways
@@ -70,14 +69,28 @@ def sweep(
             observe=progress.observe,
             say=progress.say,
         )
-    if as_json:
-        console.show_json(result.to_dict())
-    else:
-        console.table(result.rows())
-        for line in result.lines():
-            console.write(line)
+    _print(result, as_json)
     if result.failed:
         raise typer.Exit(1)
+
+
+def _print(result: SweepResult, as_json: bool) -> None:
+    if as_json:
+        console.show_json(result.to_dict())
+        return
+    console.table(result.rows())
+    for line in result.lines():
+        console.write(line)
+
+
+def _check_threshold(share: float, until_plateau: bool) -> None:
+    from decal.errors import ConfigError
+
+    if not (until_plateau and 0 < share < 1):
+        raise ConfigError(
+            "--threshold is a share between 0 and 1 that goes with --until-plateau",
+            hint="--until-plateau --threshold 0.01",
+        )
 
 
 def _grid(texts: Sequence[str]) -> dict[str, list[Any]]:
