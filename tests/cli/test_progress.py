@@ -205,7 +205,7 @@ def test_many_candidates_fit_into_a_line() -> None:
         progress.observe(name, evaluated(1, 2.0 - i / 8))
     assert lines_of(file)[-1] == (
         "step 1: eval loss  c4 1.5000  c5 1.3750  c6 1.2500  c7 1.1250  c8 1.0000  c9 0.8750"
-        "  (4 more are higher)"
+        "  (4 more, none lower)"
     )
 
 

@@ -204,7 +204,7 @@ def _some(losses: Mapping[str, float]) -> str:
     lowest = sorted(losses, key=lambda name: losses[name])[:MANY]
     shown = [f"{name} {losses[name]:.4f}" for name in losses if name in lowest]
     more = len(losses) - len(shown)
-    return "  ".join([*shown, f"({more} more are higher)"] if more else shown)
+    return "  ".join([*shown, f"({more} more, none lower)"] if more else shown)
 
 
 def numbers(event: StepDone, eval_loss: float | None) -> str:
