@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from decal.data.batch import IGNORE, Batch
-from decal.data.pack import Batches, Step, flat_batch, make_batches, padded_batch, split
+from decal.data.pack import (
+    Batches,
+    Step,
+    flat_batch,
+    join,
+    make_batches,
+    padded_batch,
+    split,
+)
 from decal.data.sample import Sample
 from decal.errors import DataError
 
@@ -174,3 +182,36 @@ def test_a_batch_that_fits_is_not_split() -> None:
     assert split(batch, batch.tokens) == [batch]
     single = flat_batch(samples(1))
     assert split(single, 1) == [single]
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_joined_batches_are_one_batch_of_all_samples(layout: str) -> None:
+    """Mutations: let bounds begin at zero for each part; pad positions with zeros, or targets with
+    a token; forget the ids of the padding."""
+    build = flat_batch if layout == "flat" else padded_batch
+    some = samples(7)
+    parts = [build(some[:3]), build(some[3:4]), build(some[4:])]
+    assert same(join(parts), build(some))
+    assert join(parts[:1]) is parts[0]
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_joining_and_splitting_gives_the_parts(layout: str) -> None:
+    """Each sample alone is what it was. Mutation: order the samples anew."""
+    build = flat_batch if layout == "flat" else padded_batch
+    some = samples(6)
+    joined = join([build(some[:4]), build(some[4:])])
+    alone = {part.rows: part for part in split(joined, 1)}
+    assert len(alone) == 6
+    for one in some:
+        assert same(alone[(one.row,)], build([one]))
+
+
+def test_labels_are_joined() -> None:
+    """Mutation: keep those of the first batch alone."""
+    some = [replace(each, label=each.row % 3) for each in samples(5)]
+    joined = join([padded_batch(some[:2]), padded_batch(some[2:])])
+    assert same(joined, padded_batch(some))
+    assert joined.labels is not None
+    assert joined.labels.tolist() == [each.label for each in some]
+    assert joined.trained == 5

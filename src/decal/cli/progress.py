@@ -113,6 +113,8 @@ class SweepProgress:
         """The last step of each that is not over."""
         self._moved: set[str] = set()
         """Those that have made a step since the last one that was shown."""
+        self._known = False
+        """Whether all that train have made a step, so that it is known who they are."""
         self._evaluated: dict[str, EvalDone] = {}
         """Evaluations that are not shown yet."""
 
@@ -134,9 +136,13 @@ class SweepProgress:
         elif name is None:
             return
         elif isinstance(event, StepDone):
+            if name in self._moved and not self._known:
+                self._show()
+                self._known = True
             self._running[name] = event
             self._moved.add(name)
-            self._show()
+            if self._known:
+                self._show()
         elif isinstance(event, EvalDone):
             if name in self._evaluated:
                 self._show_evaluated()
@@ -151,16 +157,19 @@ class SweepProgress:
     def _end(self, name: str, event: Over) -> None:
         if event.error is not None:
             self._shown.observe(Note(text=f"{name} failed: {event.error.message}"))
+        elif not self._known and self._moved:
+            self._show()
         self._running.pop(name, None)
         self._moved.discard(name)
+        self._known = self._known and bool(self._running)
         if self._evaluated and self._running.keys() <= self._evaluated.keys():
             self._show_evaluated()
-        if self._running:
+        if self._running and self._known:
             self._show()
 
     def _show(self) -> None:
         """The bar is where the last of them is; it moves when all of them have."""
-        if self._running.keys() <= self._moved:
+        if self._running and self._running.keys() <= self._moved:
             self._moved.clear()
             last = min(self._running.values(), key=lambda e: e.step / e.total)
             self._shown.step(last, self._numbers())
@@ -195,7 +204,7 @@ def _some(losses: Mapping[str, float]) -> str:
     lowest = sorted(losses, key=lambda name: losses[name])[:MANY]
     shown = [f"{name} {losses[name]:.4f}" for name in losses if name in lowest]
     more = len(losses) - len(shown)
-    return "  ".join([*shown, f"({more} more are higher)"] if more else shown)
+    return "  ".join([*shown, f"({more} more, none lower)"] if more else shown)
 
 
 def numbers(event: StepDone, eval_loss: float | None) -> str:

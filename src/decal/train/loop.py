@@ -60,7 +60,7 @@ from decal.train.heard import LATE
 from decal.train.memory import PeakMemory
 from decal.train.optim import Optimizer, lr_at
 from decal.train.passes import Answer, Judged, Pass, Request, Training, alone
-from decal.train.stop import StopSignal
+from decal.train.stop import Stop, StopSignal
 from decal.train.trouble import (
     broken_gradients,
     calmer,
@@ -111,7 +111,7 @@ def train(job: Job) -> Result:
         return alone(training(job, stop, memory))
 
 
-def training(job: Job, stop: StopSignal, memory: PeakMemory) -> Training:
+def training(job: Job, stop: Stop, memory: PeakMemory) -> Training:
     """`train` as a generator that leaves the passes through the model to others (passes.py).
 
     `stop` and `memory` are watched by whoever runs it.

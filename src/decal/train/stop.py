@@ -15,11 +15,25 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Protocol
 
 from decal.train.events import Event, Note
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ANNOUNCEMENT = "stopping after this step; Ctrl-C again stops at once, without a checkpoint"
+
+
+class Stop(Protocol):
+    """What a training asks."""
+
+    @property
+    def received(self) -> int | None:
+        """The signal that asked to stop."""
+        ...
+
+    def poll(self) -> None:
+        """Tells the user, once, that it was heard."""
+        ...
 
 
 class StopSignal:

@@ -7,7 +7,10 @@ backward pass from the sum of all of them leaves each its own gradients, because
 is in the graph of another.
 
 They need not be at the same step: a training that was resumed from an older checkpoint, ends early
-or fails leaves the others as they are. One that fails is over, and its error is its outcome.
+or fails leaves the others as they are. One that fails is over, and its error is its outcome. To the
+bit, a pass depends on which rows are in it, where a product of other rows is cut otherwise. So all
+stop after the same step when they are asked to, and go on from there as if they had not; what was
+killed when some had written their checkpoint and others not is the same to rounding.
 
 Evaluations are answered before steps of learning, so that those who learn meet again afterwards.
 At one time at most `tokens` tokens go through the model, or one micro-batch where that is longer;
@@ -112,19 +115,35 @@ def train_together(
         ExitStack() as stack,
     ):
         crowd = _Crowd(losses, tokens, judge or NoJudge(), observe)
+        heard = _Heard(stop)
         for name, job in jobs.items():
             crowd.jobs[name] = job
-            crowd.trainings[name] = training(job, stop, memory)
+            crowd.trainings[name] = training(job, heard, memory)
             stack.callback(crowd.trainings[name].close)
         for name in jobs:
             crowd.advance(name)
         while crowd.requests:
-            crowd.judge_some(everybody=stop.requested)
-            crowd.compute_some()
+            crowd.judge_some(everybody=heard.received is not None)
+            crowd.compute_some(before_steps=heard.listen)
         stopped = [e for e in crowd.outcomes.values() if isinstance(e, Interrupted)]
         if stopped:
             raise all_interrupted(stopped)
         return {name: crowd.outcomes[name] for name in jobs}
+
+
+class _Heard:
+    """A stop signal as trainings see it: it comes between the steps of all, not amid them."""
+
+    def __init__(self, signal: StopSignal):
+        self.received: int | None = None
+        self._signal = signal
+
+    def listen(self) -> None:
+        """Takes the signal over."""
+        self.received = self._signal.received
+
+    def poll(self) -> None:
+        self._signal.poll()
 
 
 class _Crowd:
@@ -172,11 +191,15 @@ class _Crowd:
         for name, verdict in verdicts.items():
             self.advance(name, verdict)
 
-    def compute_some(self) -> None:
+    def compute_some(self, *, before_steps: Callable[[], None]) -> None:
         """Answers all evaluations that are asked for, or where there are none all steps."""
-        passes = {n: r for n, r in self.requests.items() if isinstance(r, Pass)}
+        # In the order of the jobs: a pass is the same whoever asked for its part first.
+        asked = [(name, self.requests.get(name)) for name in self.trainings]
+        passes = {name: wanted for name, wanted in asked if isinstance(wanted, Pass)}
         evaluations = {n: wanted for n, wanted in passes.items() if not wanted.learns}
         chosen = evaluations or passes
+        if not evaluations:
+            before_steps()
         if chosen:
             for name, answer in self._computed(chosen).items():
                 self.advance(name, answer)

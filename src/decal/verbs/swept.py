@@ -47,8 +47,8 @@ class SweepResult:
         return [each for each in self.tried if each.status == "failed"]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A row for each candidate, for printing."""
-        return [
+        """A row for each candidate, for printing; columns that are empty are left out."""
+        rows = [
             {
                 "candidate": each.name,
                 "status": each.status,
@@ -60,6 +60,8 @@ class SweepResult:
             }
             for each in self.tried
         ]
+        filled = {key for row in rows for key, value in row.items() if value is not None}
+        return [{key: row[key] for key in row if key in filled} for row in rows]
 
     def lines(self) -> list[str]:
         """What there is to say beyond the rows."""
