@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from bench.shapes import KNOWN, write_base  # noqa: E402
 RANKS = (4, 8, 16, 32, 64)
 ROWS = 2
 SHAPE = "smollm2-135m"
+_OPEN = ExitStack()
+"""Holds a training open until its process ends."""
 
 
 # --- the process of one contender ---------------------------------------------------------------
@@ -113,7 +116,7 @@ def decal_steps(folder: str, ranks: tuple[int, ...], length: int) -> dict[str, C
     sessions = sessions_of(folder, ranks, length)
     optimizers = {n: Optimizer(s.parameters, s.config.train) for n, s in sessions.items()}
     first = next(iter(sessions.values()))
-    first.training().__enter__()
+    _OPEN.enter_context(first.training())
     step = next(first.batches.steps())
     [batch] = step.micro
 
