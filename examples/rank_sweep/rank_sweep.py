@@ -67,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("runs/rank_sweep"))
+    parser.add_argument("--resume", action="store_true", help="go on after Ctrl-C or a crash")
     parser.add_argument("--write", action="store_true", help="put the table into README.md")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,8 @@ def main() -> None:
             decal.load_run(run),
             {"adapter.r": ranks},
             samples=0 if given.small else 3,
-            force=True,
+            resume=given.resume,
+            force=not given.resume,
             observe=progress.observe,
             say=progress.say,
         )

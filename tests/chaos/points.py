@@ -11,6 +11,7 @@ Knows of decal's functions only which of them are phases.
 from __future__ import annotations
 
 import builtins
+import inspect
 import io
 import mmap
 import os
@@ -22,8 +23,8 @@ from typing import Any
 from decal.store.run import RunFolder
 from decal.train import loop
 from decal.train.optim import Optimizer
+from decal.verbs import leaves
 from decal.verbs import merge as merging
-from decal.verbs import train as training
 from decal.verbs.session import Session
 
 PHASES: list[tuple[Any, str, str]] = [
@@ -33,7 +34,7 @@ PHASES: list[tuple[Any, str, str]] = [
     (RunFolder, "truncate_metrics", "restore"),
     (RunFolder, "write_checkpoint", "checkpoint"),
     (RunFolder, "rotate", "rotation"),
-    (training, "_save", "save"),
+    (leaves, "_save", "save"),
     (merging, "merge_files", "merge"),
 ]
 OTHERWISE = "around"
@@ -83,7 +84,18 @@ class Points:
         return action()
 
     def within(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function as a phase."""
+        """The function as a phase; one that asks for its passes is in it while they are made."""
+        if inspect.isgeneratorfunction(function):
+
+            def asking(*args: Any, **named: Any) -> Any:
+                self.calls[phase] += 1
+                self._enter([*self._phases, phase])
+                try:
+                    return (yield from function(*args, **named))
+                finally:
+                    self._enter(self._phases[:-1])
+
+            return asking
 
         def wrapped(*args: Any, **named: Any) -> Any:
             self.calls[phase] += 1
@@ -113,7 +125,7 @@ def install(points: Points, root: Path) -> Action:
         put(owner, name, points.within(phase, getattr(owner, name)))
     for name, kind in CALLS.items():
         put(os, name, _counted(points, kind, getattr(os, name)))
-    for owner, name in ((Session, "loss"), (Optimizer, "backward"), (Optimizer, "update")):
+    for owner, name in ((Session, "loss"), (Optimizer, "scaled"), (Optimizer, "update")):
         put(owner, name, _counted(points, name, getattr(owner, name)))
     opened = _opening(points, io.open, str(root))
     put(io, "open", opened)

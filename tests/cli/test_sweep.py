@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from decal.cli import main
-from decal.verbs.sweep import SweepResult, Tried, Ways
+from decal.verbs.swept import SweepResult, Tried
 
 Capture = pytest.CaptureFixture[str]
 
@@ -32,7 +32,9 @@ class Recorder:
     """Stands for the verb."""
 
     def __init__(self, *candidates: Tried, verdict: str | None = None):
-        self.result = SweepResult(sweep=Path("out"), tried=candidates, verdict=verdict)
+        self.result = SweepResult(
+            sweep=Path("out"), tried=candidates, verdict=verdict, advice="Take r4."
+        )
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
 
@@ -56,20 +58,23 @@ def test_what_is_handed_over(verb: Any, run_yaml: Path) -> None:
     called = verb(tried("r4"))
     args = ["sweep", str(run_yaml), "--grid", "adapter.r=4,8", "--grid", "train.lr=1e-4, 2e-4"]
     more = ["--grid", "adapter.r=16", "--grid", "adapter.target_modules=[q_proj, v_proj],attention"]
-    flags = ["--halving", "--resume", "--set", "train.seed=3"]
+    flags = ["--halving", "--resume", "--set", "train.seed=3", "--memory", "15GB", "--samples", "2"]
     assert main([*args, *more, *flags]) == 0
-    config, grid, ways = called.args
+    config, grid = called.args
+    ways = called.kwargs
     assert config.train.seed == 3
     assert grid == {
         "adapter.r": [4, 8, 16],
         "train.lr": [1e-4, 2e-4],
         "adapter.target_modules": [["q_proj", "v_proj"], "attention"],
     }
-    assert ways == Ways(halving=True)
+    assert (ways["halving"], ways["until_plateau"], ways["threshold"]) == (True, False, None)
+    assert (ways["memory"], ways["samples"]) == (15 * 10**9, 2)
     assert (called.kwargs["resume"], called.kwargs["force"]) == (True, False)
     until = ["--until-plateau", "--threshold", "0.02", "--force"]
     assert main(["sweep", str(run_yaml), *until]) == 0
-    assert called.args[1:] == ({}, Ways(until_plateau=True, threshold=0.02))
+    assert called.args[1] == {}
+    assert (called.kwargs["until_plateau"], called.kwargs["threshold"]) == (True, 0.02)
     assert called.kwargs["force"] is True
 
 
@@ -91,7 +96,7 @@ def test_what_is_printed(verb: Any, run_yaml: Path, capsys: Capture) -> None:
     out = capsys.readouterr().out.splitlines()
     assert out[0].split()[:2] == ["candidate", "status"]
     assert "1.25" in out[1]
-    assert out[3:] == ["r8: halved out", "r = 4: enough", "sweep  out"]
+    assert out[3:] == ["r8: halved out", "r = 4: enough", "Take r4."]
     verb(tried("r4"), tried("r8", "failed", "the loss is nan"))
     assert main(["sweep", str(run_yaml), "--grid", "adapter.r=4,8", "--json"]) == 1
     printed = json.loads(capsys.readouterr().out)
@@ -119,8 +124,11 @@ def test_what_is_printed(verb: Any, run_yaml: Path, capsys: Capture) -> None:
         (["--until-plateau", "--grid", "adapter.r=0"], "a whole number of at least 1, got 0"),
         (["--until-plateau", "--set", "data.eval=null"], "but `data.eval` is null"),
         (["--halving", "--grid", "adapter.r=4,8", "--set", "data.eval=null"], "halving compares"),
-        (["--threshold", "0.1"], "--threshold is a share between 0 and 1 that goes with"),
-        (["--until-plateau", "--threshold", "3"], "--threshold is a share between 0 and 1"),
+        (["--threshold", "0.1"], "a threshold of 0.1 means nothing here: it is a share"),
+        (
+            ["--until-plateau", "--threshold", "3"],
+            "a threshold of 3 means nothing here: it is a share",
+        ),
         (["--grid", "adapter.r=4,8", "--resume"], "d.jsonl"),
     ],
 )

@@ -167,7 +167,11 @@ def test_their_checkpoint_is_read(
     assert torch.equal(quant_format(fmt).dequantize(packed, dtype), theirs)
     ours = QuantLinear(packed, layer.bias.detach(), dtype)
     x = torch.randn(2, 640, dtype=dtype)
-    assert torch.equal(ours(x), torch.nn.functional.linear(x, theirs) + layer.bias)
+    wanted = torch.nn.functional.linear(x, theirs) + layer.bias
+    if dtype == torch.bfloat16:  # one rounding or two, and not of the weight without bf16 products
+        torch.testing.assert_close(ours(x), wanted, rtol=2**-6, atol=2**-5)
+    else:
+        assert torch.equal(ours(x), wanted)
 
 
 @pytest.mark.parametrize("double", [False, True])

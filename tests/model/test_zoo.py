@@ -18,6 +18,7 @@ from decal.errors import BaseModelError
 from decal.model import attention, hf
 from decal.model.heads import labels_of
 from decal.model.inject import adapter_state, attach, detach
+from decal.verbs import leaves
 from decal.verbs import train as train_module
 from decal.verbs.load import load, load_base, save_adapter
 from decal.verbs.merge import merge
@@ -31,7 +32,7 @@ ATTENTION = {"gemma2": "eager"}
 
 @pytest.fixture(autouse=True)
 def _no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "loss_png", lambda *_: b"")
+    monkeypatch.setattr(leaves, "loss_png", lambda *_: b"")
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from decal.adapters import Routing
+from decal.kernels.precision import multiplies_bf16
 from decal.model.inject import disabled
 from decal.verbs import overfit as subject
 from decal.verbs.overfit import Learning, overfit
@@ -177,7 +178,18 @@ def test_classifiers(name: str, tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        pytest.param(
+            "bfloat16",
+            marks=pytest.mark.skipif(
+                not multiplies_bf16(), reason="this processor takes minutes for bf16 products"
+            ),
+        ),
+    ],
+)
 def test_every_weight(dtype: str, tmp_path: Path) -> None:
     """Full fine-tuning, at a rate of its own. Mutations: restore masters instead of weights; 1e-3
     for a whole model."""

@@ -82,6 +82,20 @@ class Candidate:
             return "from"
         return str(self.settings.get("adapter.method", "lora"))
 
+    @property
+    def together(self) -> int:
+        """How many runs trained side by side in its process."""
+        value = (self.planned or {}).get("together")
+        return value if isinstance(value, int) else 1
+
+    @property
+    def seconds(self) -> float | None:
+        """What it took: wall time, or of runs side by side its part of their steps."""
+        tokens, speed = self.number("tokens"), self.number("tokens_per_second")
+        if self.together > 1 and tokens and speed:
+            return tokens / speed
+        return self.number("seconds")
+
     def number(self, name: str) -> float | None:
         """A number of the result; None where there is none, or one that is not finite."""
         value = self.result.get(name)

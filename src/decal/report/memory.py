@@ -20,13 +20,13 @@ OVER = 0.2
 def peak(one: Candidate) -> str | None:
     """What a run took; None where others trained in the same process."""
     measured = one.number("peak_memory_bytes")
-    return None if measured is None or _together(one) > 1 else size(round(measured))
+    return None if measured is None or one.together > 1 else size(round(measured))
 
 
 def alone(one: Candidate) -> str | None:
     """What a run that trained beside others is planned to take alone."""
     planned = _planned(one, "alone_bytes")
-    return None if planned is None or _together(one) < 2 else size(round(planned))
+    return None if planned is None or one.together < 2 else size(round(planned))
 
 
 def section_of(candidates: Sequence[Candidate], several: bool) -> Markup:
@@ -37,7 +37,7 @@ def section_of(candidates: Sequence[Candidate], several: bool) -> Markup:
         planned, measured = _planned(one, "peak_bytes"), one.number("peak_memory_bytes")
         if planned is None or measured is None:
             continue
-        count, own = _together(one), _planned(one, "alone_bytes")
+        count, own = one.together, _planned(one, "alone_bytes")
         if count > 1:
             pairs[(f"{count} together,", planned, measured)] = None
             bars += [(f"{one.name} alone, planned", own)] if own else []
@@ -67,11 +67,6 @@ def section_of(candidates: Sequence[Candidate], several: bool) -> Markup:
         *(tag("p", note, class_="note") for note in notes),
         None if several else _parts(candidates[0]),
     )
-
-
-def _together(one: Candidate) -> int:
-    value = (one.planned or {}).get("together")
-    return value if isinstance(value, int) else 1
 
 
 def _planned(one: Candidate, name: str) -> float | None:

@@ -140,7 +140,7 @@ def _facts(report: Report) -> Markup:
             found.append((f"{low:.4g}", f"best evaluation loss ({name})"))
         if report.advice.names:
             found.append((", ".join(report.advice.names), "recommended"))
-        seconds = [s for one in report.candidates if (s := one.number("seconds")) is not None]
+        seconds = [s for one in report.candidates if (s := one.seconds) is not None]
         found += [(duration(sum(seconds)), "training, all together")] if seconds else []
     else:
         one = report.candidates[0]
@@ -281,7 +281,7 @@ COLUMNS = (
     _Column("size on disk", lambda one: size(one.nbytes) if one.nbytes else None),
     _Column("peak memory", memory.peak, tile=True),
     _Column("memory alone, planned", memory.alone),
-    _Column("time", _number("seconds", duration), tile=True),
+    _Column("time", lambda one: None if one.seconds is None else duration(one.seconds), tile=True),
     _Column("tokens/s", _number("tokens_per_second", lambda v: f"{v:,.0f}"), tile=True),
     _Column("steps", lambda one: f"{one.last_step:,}" if one.last_step else None),
     _Column("final train loss", _number("loss", lambda v: f"{v:.4g}")),
