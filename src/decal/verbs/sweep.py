@@ -292,6 +292,8 @@ class _Work:
             gc.collect()
             give_back_freed()
             self.base = _Base(first, found, self.say)
+        else:
+            self.base.begin_with(first, found)
         return self.base
 
     def double(self, rows: _Rows) -> str:
@@ -442,6 +444,10 @@ class _Base:
         self._say = say
         self.session = begin(found, say, first.name)
         """The first candidate's, for what all have in common."""
+
+    def begin_with(self, first: Candidate, found: Inputs) -> None:
+        """Attaches another first candidate, after those of earlier waves have left."""
+        self.session = beside(self.session, found, first.name)
 
     def attach(self, wave: Looked) -> dict[str, Session]:
         """Every candidate's session; all their adapters are on the one model, and trainable."""

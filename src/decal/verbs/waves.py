@@ -7,7 +7,7 @@ holds the activations of no more tokens than a pass of one run does. What that c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from decal.config import LoraConfig
+from decal.data.pack import LayoutName
 from decal.errors import TrainingError
 from decal.model.inject import adapters_of
 from decal.plan.memory import Peak
@@ -61,12 +62,13 @@ def waves(
     if limit is None or not candidates:
         return [list(candidates)] if candidates else []
     setup = setup_of(session)
+    loads = _loads(session, candidates)
     found: list[list[Candidate]] = [[]]
     for each in candidates:
-        needed = _peak(session, setup, [*found[-1], each]).reported
+        needed = _peak(session, setup, loads, [*found[-1], each]).reported
         if needed > limit and found[-1]:
             found.append([])
-            needed = _peak(session, setup, [each]).reported
+            needed = _peak(session, setup, loads, [each]).reported
         if needed > limit:
             what = f"candidate {each.name} needs about {gigabytes(needed)} of memory"
             if memory is not None:
@@ -86,13 +88,20 @@ def waves(
 
 def expected(session: Session, wave: Sequence[Candidate]) -> Peak:
     """The memory that a wave is planned to take; all its adapters are attached."""
-    return _peak(session, setup_of(session), wave)
+    return _peak(session, setup_of(session), _loads(session, wave), wave)
 
 
-def _peak(session: Session, setup: Setup, wave: Sequence[Candidate]) -> Peak:
-    layout = "flat" if session.flat else "padded"
+def _loads(session: Session, candidates: Sequence[Candidate]) -> dict[str, Load]:
+    """What the largest pass of each candidate alone holds, by name."""
+    layout: LayoutName = "flat" if session.flat else "padded"
     lengths = Lengths.of(session.samples)
-    loads = [load_of(lengths, each.config, layout) for each in wave]  # type: ignore[arg-type]
+    return {each.name: load_of(lengths, each.config, layout) for each in candidates}
+
+
+def _peak(
+    session: Session, setup: Setup, known: Mapping[str, Load], wave: Sequence[Candidate]
+) -> Peak:
+    loads = [known[each.name] for each in wave]
     most = max(session.config.train.micro_batch_tokens, *(load.tokens for load in loads))
     share = min(1.0, most / sum(load.tokens for load in loads))
     adapters = [_settings(session, each) for each in wave]
