@@ -4,6 +4,13 @@
 
 namespace NAMESPACE {
 
+// All ones where element (row, columns c.. of `column`) is kept.
+INLINE vi kept(vi column, int32_t offset, int32_t factor, int32_t least) {
+    vi x = (vi)((vu)column + static_cast<uint32_t>(offset));
+    x = x ^ (x >> 15);
+    return (vi)((vu)x * static_cast<uint32_t>(factor)) >= least;
+}
+
 // kernels/native_project.py has the same fields in the same order.
 struct Keep {
     const int32_t* offset;  // [T]
@@ -11,14 +18,13 @@ struct Keep {
     const int32_t* column;  // [F]
     const int32_t* least;   // [T], or one for all rows
     int64_t every;          // 1, or 0 where there is one
-};
 
-// All ones where element (row, columns c.. of `column`) is kept.
-INLINE vi kept(vi column, int32_t offset, int32_t factor, int32_t least) {
-    vi x = (vi)((vu)column + static_cast<uint32_t>(offset));
-    x = x ^ (x >> 15);
-    return (vi)((vu)x * static_cast<uint32_t>(factor)) >= least;
-}
+    // All ones where element (row, features f ..) is kept.
+    INLINE vi mask(int64_t row, int64_t f) const {
+        return kept(*reinterpret_cast<const vi*>(column + f), offset[row], factor[row],
+                    least[row * every]);
+    }
+};
 
 INLINE bool kept(int32_t column, int32_t offset, int32_t factor, int32_t least) {
     uint32_t sum = static_cast<uint32_t>(column) + static_cast<uint32_t>(offset);
@@ -36,9 +42,8 @@ INLINE void drop(const Keep& keep, int64_t row, int64_t begin, int64_t n, const 
     for (; i + W <= n; i += W) {
         vi bits =
             kept(*reinterpret_cast<const vi*>(keep.column + begin + i), offset, factor, least);
-        typedef int16_t vs __attribute__((vector_size(2 * DECAL_W), aligned(2), may_alias));
-        vs mask = __builtin_convertvector(bits, vs);
-        *reinterpret_cast<vs*>(out + i) = *reinterpret_cast<const vs*>(values + i) & mask;
+        vh mask = low_halves((vu)bits >> 16);
+        *reinterpret_cast<vh*>(out + i) = *reinterpret_cast<const vh*>(values + i) & mask;
     }
     for (; i < n; ++i)
         out[i] = kept(keep.column[begin + i], offset, factor, least) ? values[i] : bf16{0};

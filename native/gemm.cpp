@@ -16,7 +16,9 @@
 // A contraction deeper than DEPTH goes in passes, with C in float between them. The panel holds
 // pairs along the contraction, (k, k + 1) of one column side by side, for the dot products of bf16
 // pairs; without these it holds floats, and rows of `a` are widened block by block: with vectors of
-// 8 and fewer floats, where strips are narrow, once for a group of strips that L2 holds.
+// 8 and fewer floats, where strips are narrow, once for a group of strips that L2 holds. With AVX2
+// large products run in integers that share exponents (block_float.h): panels hold pairs of these,
+// and the rows of a pass become integers before it.
 //
 // Threads share C, never a sum, and every sum runs along the contraction in one order: results do
 // not depend on the number of threads, nor on what else is in the batch. NaN and infinity in `a`
@@ -27,6 +29,7 @@
 // L2).
 #include <algorithm>
 
+#include "block_float.h"
 #include "dropout.h"
 #include "parallel.h"
 #include "room.h"
@@ -115,7 +118,7 @@ INLINE void transpose(const bf16* const* rows, int64_t at, Panel* out, int64_t s
 
 // A strip of W^T: columns [n0, n0 + width) of C are rows of W; the contraction is [k0, k1) of them.
 inline void pack_along(const Segment& s, int64_t n0, int64_t N, int width, int64_t k0, int64_t k1,
-                       Panel* panel, bf16* room) {
+                       const Integers* integers, Panel* panel, bf16* room) {
     int64_t depth = k1 - k0, padded = (depth + 31) / 32 * 32;
     const bf16* rows[WIDTH];
     for (int j = 0; j < width; ++j) {
@@ -131,6 +134,9 @@ inline void pack_along(const Segment& s, int64_t n0, int64_t N, int width, int64
         memset(own + depth, 0, (padded - depth) * sizeof(bf16));
         rows[j] = own;
     }
+#if !defined(BLOCK_FLOAT)
+    static_cast<void>(integers);
+#endif
 #if defined(DOT_BF16)
     for (int j = 0; j < width; j += 16)
         for (int64_t k = 0; k < padded; k += 32) {
@@ -139,6 +145,9 @@ inline void pack_along(const Segment& s, int64_t n0, int64_t N, int width, int64
             transpose(rows + j, k, panel + k / 2 * width + j, width);
         }
 #else
+#if defined(BLOCK_FLOAT)
+    if (integers) return strip_along(width, depth, rows, {panel, width, depth, *integers});
+#endif
     for (int64_t k = 0; k < depth; ++k)
         for (int j = 0; j < width; ++j) panel[k * width + j] = to_float(rows[j][k]);
 #endif
@@ -146,11 +155,31 @@ inline void pack_along(const Segment& s, int64_t n0, int64_t N, int width, int64
 
 constexpr int64_t ROWS_AHEAD = 16;
 
+#if !defined(DOT_BF16)
+// A whole strip of a dense W as floats: what gradients of factors spend much of their time with.
+inline void pack_dense_across(const Stored& w, int64_t n0, int width, int64_t k0, int64_t k1,
+                              const Keep* keep, float* panel) {
+    for (int64_t k = k0; k < k1; ++k, panel += width) {
+        const bf16* row = static_cast<const bf16*>(w.data) + k * w.stride + n0;
+        __builtin_prefetch(row + ROWS_AHEAD * w.stride);
+        for (int j = 0; j < width; j += W) {
+            vf x = load(row + j);
+            if (keep) x = (vf)((vi)x & keep->mask(k, n0 + j));
+            store(panel + j, x);
+        }
+    }
+}
+#endif
+
 // A strip of W: columns [n0, n0 + width) of C are columns of W; the contraction is rows [k0, k1).
 inline void pack_across(const Segment& s, int64_t n0, int64_t N, int width, int64_t k0, int64_t k1,
                         const Keep* keep, Panel* panel) {
     alignas(64) bf16 room[2][WIDTH];
     int64_t held = std::min<int64_t>(width, N - n0);
+#if !defined(DOT_BF16)
+    if (s.weight.format == dense && held == width)
+        return pack_dense_across(s.weight, n0, width, k0, k1, keep, panel);
+#endif
     int64_t end = STEP == 2 ? k0 + (k1 - k0 + 31) / 32 * 32 : k1;
     for (int64_t k = k0; k < end; k += STEP) {
         for (int64_t i = 0; i < STEP; ++i) row_ahead(s.weight, k + i + ROWS_AHEAD, n0, n0 + held);
@@ -183,6 +212,27 @@ inline void pack_across(const Segment& s, int64_t n0, int64_t N, int width, int6
         }
     }
 }
+
+#if defined(BLOCK_FLOAT)
+// The same in integers: blocks of rows of W, gathered in the cache.
+inline void pack_integers_across(const Segment& s, int64_t n0, int64_t N, int width, int64_t k0,
+                                 int64_t k1, const Integers& left, Panel* panel) {
+    alignas(32) bf16 rows[SHARED + 1][16];
+    int64_t held = std::min<int64_t>(width, N - n0);
+    if (held < width) memset(rows, 0, sizeof rows);
+    Strips strips(panel, width, k1 - k0, left);
+    for (int64_t k = k0; k < k1; k += SHARED, strips.at += (SHARED / 2 + 1) * width) {
+        int64_t n = std::min(SHARED, k1 - k);
+        for (int64_t i = 0; i < n; ++i) {
+            row_ahead(s.weight, k + i + ROWS_AHEAD, n0, n0 + held);
+            const bf16* row = row_values(s.weight, k + i, n0, n0 + held, rows[i]);
+            if (row != rows[i]) memcpy(rows[i], row, held * sizeof(bf16));
+        }
+        memset(rows[n], 0, sizeof rows[n]);  // the other half of an odd last pair
+        block_across(width, n, rows, strips, strips.has_rest((k - k0) / SHARED));
+    }
+}
+#endif
 
 // --- multiplying ---------------------------------------------------------------------------------
 
@@ -335,9 +385,75 @@ struct Piece {
     const Segment* segment;
     int64_t begin, end;  // of the segment's contraction
     int64_t panel;       // where its panel begins
+    int64_t wide;        // and its rows as floats
+    bool shares;         // exponents: it is multiplied in integers
+    Integers integers;
 };
 
 INLINE int64_t panel_depth(int64_t k) { return STEP == 2 ? (k + 31) / 32 * 32 / 2 : k; }
+
+// Whether a segment is multiplied in integers. Says nothing of the rows: what a row's result is
+// must not depend on how many there are.
+INLINE bool shares_exponents([[maybe_unused]] const Product& p, [[maybe_unused]] const Segment& s) {
+#if defined(BLOCK_FLOAT)
+    return p.output == rounded && p.masked <= after_leading && p.N >= 64 && s.k >= SHARED;
+#else
+    return false;
+#endif
+}
+INLINE int64_t panel_depth(int64_t k, [[maybe_unused]] bool shares) {
+#if defined(BLOCK_FLOAT)
+    if (shares) return 2 * strip_depth(k);
+#endif
+    return panel_depth(k);
+}
+
+// The rows of a pass as integers, where pieces are multiplied so.
+struct Lefts {
+    Room<int16_t> values;
+    Room<float> units;
+    Room<uint8_t> rests;
+
+    void make([[maybe_unused]] Piece* pieces, [[maybe_unused]] int count,
+              [[maybe_unused]] Range rows) {
+#if defined(BLOCK_FLOAT)
+        int64_t width = 0, wide = 0, height = rows.end - rows.begin;
+        for (int i = 0; i < count; ++i) {
+            if (!pieces[i].shares) continue;
+            width += distance(pieces[i]);
+            wide += blocks_of(pieces[i].end - pieces[i].begin);
+        }
+        if (!wide) return;
+        int16_t* at = values.get(2 * height * width);
+        float* unit = units.get(2 * height * wide);
+        uint8_t* some = rests.get(wide);
+        memset(some, 0, wide);
+        for (int i = 0; i < count; ++i) {
+            if (!pieces[i].shares) continue;
+            const Segment& s = *pieces[i].segment;
+            int64_t depth = pieces[i].end - pieces[i].begin, blocks = blocks_of(depth);
+            int64_t ld = distance(pieces[i]), first = std::max(rows.begin, s.begin);
+            for (int64_t row = first; row < std::min(rows.end, s.end); ++row) {
+                int16_t* own = at + (row - first) * ld;
+                left_row(s.a + (row - s.begin) * s.lda + pieces[i].begin, depth, own,
+                         own + height * ld, unit + (row - first) * 2 * blocks, some);
+            }
+            bool any = false;
+            for (int64_t b = 0; b < blocks; ++b) any |= some[b] != 0;
+            pieces[i].integers = {at, unit, ld, blocks, height * ld, first, any ? some : nullptr};
+            at += 2 * height * ld;
+            unit += 2 * height * blocks;
+            some += blocks;
+        }
+#endif
+    }
+
+  private:
+    // Rows of whole pages would share a few places of the L1 cache.
+    INLINE static int64_t distance(const Piece& piece) {
+        return (piece.end - piece.begin + SHARED - 1) / SHARED * SHARED + 32;
+    }
+};
 
 inline void finish(const Product& p, const float* c, int64_t row, int rows, int64_t n0, int width) {
     int64_t held = std::min<int64_t>(width, p.N - n0);
@@ -384,6 +500,15 @@ struct Pass {
     bool widened;  // they are there: the rows are one block, and met another strip before
 };
 
+// Behind the last leading piece of a row, its mask.
+INLINE void mask(const Product& p, const Piece& piece, int64_t row, int rows, int64_t n0, int width,
+                 float* c) {
+    if (p.masked != after_leading || piece.segment >= p.segments + p.leading) return;
+    if (piece.end != piece.segment->k) return;
+    for (int h = 0; h < rows; ++h)
+        drop(*p.keep, row + h, n0, std::min<int64_t>(width, p.N - n0), c + h * width);
+}
+
 // Rows that the same segments serve. `between` holds their C in float where there are several
 // passes.
 template <int V>
@@ -401,8 +526,17 @@ void sweep(const Product& p, const Pass& pass, int64_t n0, Range rows, float* be
             const Segment& s = *piece.segment;
             if (row < s.begin || row >= s.end) continue;
             int64_t depth = piece.end - piece.begin;
+#if defined(BLOCK_FLOAT)
+            if (piece.shares) {
+                multiply_integers<R, V>(piece.integers, row, height, depth,
+                                        pass.panel + piece.panel * width, c, fresh);
+                fresh = false;
+                mask(p, piece, row, height, n0, width, c);
+                continue;
+            }
+#endif
             Rows block{s.a + (row - s.begin) * s.lda + piece.begin, s.lda, height,
-                       WIDENS ? pass.wide + (piece.panel + i * APART) * R : nullptr, pass.widened};
+                       WIDENS ? pass.wide + piece.wide * R : nullptr, pass.widened};
             if (p.masked == left && !pass.widened) {
                 bf16* room = masked.get(R * depth);
                 for (int h = 0; h < height; ++h)
@@ -413,10 +547,7 @@ void sweep(const Product& p, const Pass& pass, int64_t n0, Range rows, float* be
             }
             multiply<V>(block, pass.panel + piece.panel * width, depth, c, fresh);
             fresh = false;
-            if (p.masked == after_leading && piece.segment < p.segments + p.leading &&
-                piece.end == s.k)
-                for (int h = 0; h < height; ++h)
-                    drop(*p.keep, row + h, n0, std::min<int64_t>(width, p.N - n0), c + h * width);
+            mask(p, piece, row, height, n0, width, c);
         }
         if (fresh) memset(c, 0, height * width * sizeof(float));
         if (pass.last)
@@ -487,21 +618,31 @@ inline void pack(const Product& p, const Piece& piece, const Strip& strip, Panel
     int width = strip.vectors * W;
     Panel* own = panel + piece.panel * width;
     const Keep* keep = p.masked == right ? p.keep : nullptr;
+#if defined(BLOCK_FLOAT)
+    if (s.across && piece.shares)
+        return pack_integers_across(s, strip.n0, p.N, width, piece.begin, piece.end, piece.integers,
+                                    own);
+#endif
     if (s.across)
         pack_across(s, strip.n0, p.N, width, piece.begin, piece.end, keep, own);
     else
-        pack_along(s, strip.n0, p.N, width, piece.begin, piece.end, own, room);
+        pack_along(s, strip.n0, p.N, width, piece.begin, piece.end,
+                   piece.shares ? &piece.integers : nullptr, own, room);
 }
 
 // The pieces that come next: at most DEPTH deep. Moves `segment` and `at` behind them.
 inline int take(const Product& p, int& segment, int64_t& at, Piece* pieces, int most) {
     int count = 0;
-    int64_t depth = 0, used = 0;
+    int64_t depth = 0, used = 0, wide = 0;
     while (segment < p.count && depth < DEPTH && count < most) {
         const Segment& s = p.segments[segment];
+        bool shares = shares_exponents(p, s);
         int64_t end = std::min(s.k, at + DEPTH - depth);
-        pieces[count++] = {&s, at, end, used};
-        used += panel_depth(end - at);
+        // Blocks are not cut.
+        if (shares && end < s.k && (end = end / SHARED * SHARED) <= at) break;
+        pieces[count++] = {&s, at, end, used, wide, shares, {}};
+        used += panel_depth(end - at, shares);
+        if (!shares) wide += end - at + APART;
         depth += end - at;
         at = end;
         if (at == s.k) {
@@ -512,19 +653,34 @@ inline int take(const Product& p, int& segment, int64_t& at, Piece* pieces, int 
     return count;
 }
 
+// No pass needs more rows of a panel.
+inline int64_t largest_panel(const Product& p, int most) {
+    int64_t plain = 0, shared = 0;
+    for (int i = 0; i < p.count; ++i)
+        (shares_exponents(p, p.segments[i]) ? shared : plain) += p.segments[i].k;
+    int64_t pieces = std::min(p.count, most);
+    int64_t needed = panel_depth(std::min(plain, DEPTH)) + 16 * (pieces + 1);
+    // Every piece may end inside a block.
+    if (shared) needed += panel_depth(std::min(shared, DEPTH) + pieces * SHARED, true);
+    return needed;
+}
+
+// So many rows at a time at most, which bounds what integers of them take.
+constexpr int64_t TALL_PART = 1024;
+
 inline void part(const Product& p, Range rows, Range columns) {
     static thread_local Room<Panel> panels;
     static thread_local Room<bf16> rooms;
     static thread_local Room<float> floats_between;
     static thread_local Room<float> floats_of_rows;
+    static thread_local Lefts lefts;
     constexpr int MOST = 16;
     Piece pieces[MOST];
     int64_t deep = 0;
     for (int i = 0; i < p.count; ++i) deep += p.segments[i].k;
     bool passes = deep > DEPTH || p.count > MOST;
     int64_t height = rows.end - rows.begin;
-    int64_t size =
-        (panel_depth(std::min(deep, DEPTH)) + 16 * (std::min(p.count, MOST) + 1)) * WIDTH;
+    int64_t size = largest_panel(p, MOST) * WIDTH;
     constexpr int64_t STRIPS = 64;
     Strip strips[STRIPS];
     int64_t group = std::clamp<int64_t>(GROUP / size, 1, STRIPS);
@@ -534,6 +690,8 @@ inline void part(const Product& p, Range rows, Range columns) {
         WIDENS ? floats_of_rows.get(TALLEST * (std::min(deep, DEPTH) + MOST * APART)) : nullptr;
     bf16* room = rooms.get((DEPTH + 32) * WIDTH);
     float* between = passes ? floats_between.get(most * height * WIDTH) : nullptr;
+    int segment = 0, count = 0;
+    int64_t at = 0;
     for (int64_t n0 = columns.begin; n0 < columns.end;) {
         int64_t held = 0;
         for (; held < most && n0 < columns.end; ++held) {
@@ -541,10 +699,13 @@ inline void part(const Product& p, Range rows, Range columns) {
             strips[held] = {n0, vectors, between ? between + held * height * WIDTH : nullptr};
             n0 += vectors * W;
         }
-        int segment = 0;
-        int64_t at = 0;
-        for (bool first = true; segment < p.count; first = false) {
-            int count = take(p, segment, at, pieces, MOST);
+        if (passes) segment = 0, at = 0;
+        for (bool first = true; first || segment < p.count; first = false) {
+            // The pieces of an only pass serve all strips.
+            if (passes || !count) {
+                count = take(p, segment, at, pieces, MOST);
+                lefts.make(pieces, count, rows);
+            }
             for (int64_t begin = 0; begin < held; begin += group) {
                 int64_t end = std::min(held, begin + group);
                 for (int64_t i = begin; i < end; ++i)
@@ -575,14 +736,15 @@ constexpr int64_t SMALL = 1 << 21;
 
 // Threads along rows and columns: the grid whose largest part, packing included, is the least work.
 inline void grid(int64_t M, int64_t N, int threads, int& tall_, int& wide) {
-    constexpr int64_t packing = 48;  // rows' worth of work to pack a strip
+    constexpr int64_t packing = 48;               // rows' worth of work to pack a strip
+    constexpr int64_t widening = WIDENS ? 2 : 0;  // vectors' worth of work to widen a row
     int64_t best = INT64_MAX;
     for (int along = 1; along <= threads; ++along) {
         if (threads % along) continue;
         int64_t across = threads / along;
         int64_t rows = ((M + along - 1) / along + 5) / 6 * 6;
         int64_t columns = ((N + W - 1) / W + across - 1) / across;
-        int64_t work = (rows + packing) * columns;
+        int64_t work = (rows + packing) * (columns + widening);
         if (work < best) best = work, tall_ = along, wide = static_cast<int>(across);
     }
 }
@@ -602,6 +764,8 @@ EXPORT(gemm)(const NAMESPACE::Product* given, int threads) {
         grid(p.M, p.N, of, tall_, wide);
         Range rows = decal::share(p.M, thread / wide, tall_);
         Range columns = decal::share(p.N, thread % wide, wide, W);
-        if (rows.begin < rows.end && columns.begin < columns.end) part(p, rows, columns);
+        if (columns.begin == columns.end) return;
+        for (int64_t begin = rows.begin; begin < rows.end; begin += TALL_PART)
+            part(p, {begin, std::min(begin + TALL_PART, rows.end)}, columns);
     });
 }

@@ -6,18 +6,20 @@
 //
 //     amx         2 x 2 tiles of float32 from bf16 tiles       16 KB of A, 16 KB of B
 //     DOT_BF16    6 x 4 vectors of float32 from bf16 pairs      1.5 KB of A, 16 KB of B
+//     AVX2        6 x 2 vectors of int32 from int16 pairs       1.5 KB of A, 4 KB of B
 //     otherwise   6 x COLUMNS vectors of float32                1.5 KB of A, up to 16 KB of B
+#include "block_float.h"
 #include "parallel.h"
 #include "tiles.h"
-
-#include <type_traits>
 
 namespace NAMESPACE {
 
 #if defined(DOT_BF16)
-constexpr bool PAIRS = true;
+using Element = bf16;
+#elif defined(BLOCK_FLOAT)
+using Element = int16_t;
 #else
-constexpr bool PAIRS = false;
+using Element = float;
 #endif
 
 #if defined(AMX)
@@ -63,23 +65,35 @@ constexpr int COLUMNS = 2;  // 12 of 16
 
 struct alignas(64) Operands {
     static constexpr int steps = 64;
-    float a[steps][ROWS];  // with DOT_BF16 each is a pair of bf16, as in b
+    float a[steps][ROWS];  // each may stand for a pair of elements, as in b
     float b[steps][COLUMNS * W];
     float c[ROWS][COLUMNS * W];
 };
 
-#if defined(DOT_BF16)
-constexpr double flops_per_step = 2.0 * 2 * ROWS * COLUMNS * W;
-INLINE vf multiply_add(vf c, float a, vf b) {
-    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)splat(a), (__m512bh)b);
-}
+constexpr double flops_per_step = 2.0 * sizeof(float) / sizeof(Element) * ROWS * COLUMNS * W;
+INLINE vf spread(const float* word) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (vf)_mm256_broadcast_ss(word);
 #else
-constexpr double flops_per_step = 2.0 * ROWS * COLUMNS * W;
-INLINE vf multiply_add(vf c, float a, vf b) { return c + a * b; }
+    return splat(*word);
 #endif
+}
+INLINE void multiply_add(vf& c, vf a, vf b) {
+#if defined(DOT_BF16)
+    c = (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b);
+#elif defined(BLOCK_FLOAT)
+    add_products(c, a, b);
+#else
+    c += a * b;
+#endif
+}
 
 void multiply(Operands& o, int64_t rounds) {
-    vf c[ROWS][COLUMNS] = {};
+    vf c[ROWS][COLUMNS];
+#pragma GCC unroll 6
+    for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < COLUMNS; ++j) c[i][j] = vf{};
     for (int64_t round = 0; round < rounds; ++round) {
         for (int k = 0; k < Operands::steps; ++k) {
             vf b[COLUMNS];
@@ -88,32 +102,39 @@ void multiply(Operands& o, int64_t rounds) {
 #pragma GCC unroll 6
             for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 4
-                for (int j = 0; j < COLUMNS; ++j) c[i][j] = multiply_add(c[i][j], o.a[k][i], b[j]);
+                for (int j = 0; j < COLUMNS; ++j) multiply_add(c[i][j], spread(o.a[k] + i), b[j]);
         }
         // Another round must not be the sum of the rounds before it, or be left out.
         asm volatile("" ::: "memory");
     }
+#pragma GCC unroll 6
     for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
         for (int j = 0; j < COLUMNS; ++j) store(o.c[i] + j * W, c[i][j]);
 }
 
 #endif
 
 // Random numbers of both signs: multiplying zeros takes less power, and so less time.
-template <class T>
-void scatter(T* to, size_t bytes) {
+void scatter(void* to, size_t bytes) {
     uint32_t state = 1;
-    for (size_t i = 0; i < bytes / sizeof(T); ++i) {
+    for (size_t i = 0; i < bytes / sizeof(Element); ++i) {
         state = state * 1664525u + 1013904223u;
         float value = static_cast<int32_t>(state) * 0x1p-31f;
-        to[i] = PAIRS ? to_bf16(value) : value;
+#if defined(DOT_BF16)
+        Element element = to_bf16(value);
+#elif defined(BLOCK_FLOAT)
+        Element element = static_cast<Element>(value * 2047);
+#else
+        Element element = value;
+#endif
+        memcpy(static_cast<Element*>(to) + i, &element, sizeof element);
     }
 }
 
 void fill(Operands& o) {
-    using Element = std::conditional_t<PAIRS, bf16, float>;
-    scatter(reinterpret_cast<Element*>(o.a), sizeof o.a);
-    scatter(reinterpret_cast<Element*>(o.b), sizeof o.b);
+    scatter(o.a, sizeof o.a);
+    scatter(o.b, sizeof o.b);
 }
 
 }  // namespace NAMESPACE

@@ -40,7 +40,7 @@ INLINE vi larger(vi a, vi b) { return a > b ? a : b; }
 // Rounding to bf16 of finite values, denormals included.
 INLINE vh rounded(vf x) {
     vu bits = (vu)x;
-    return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, vh);
+    return low_halves((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 INLINE void put(bf16* p, vf x) { *reinterpret_cast<vh*>(p) = rounded(x); }
 INLINE void put(float* p, vf x) { store(p, x); }

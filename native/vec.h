@@ -80,6 +80,16 @@ INLINE vf widen(vh x) {
 #endif
 }
 
+// Of words below 2^16.
+INLINE vh low_halves(vu x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    __m256i halves = _mm256_packus_epi32((__m256i)x, (__m256i)x);
+    return (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08));
+#else
+    return __builtin_convertvector(x, vh);
+#endif
+}
+
 INLINE vh narrow(vf x) {
 #if defined(DOT_BF16)
     return (vh)_mm512_cvtneps_pbh((__m512)x);
@@ -88,7 +98,7 @@ INLINE vh narrow(vf x) {
     vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     vi nan = x != x;
     rounded = (rounded & ~(vu)nan) | (0x7fc0u & (vu)nan);
-    return __builtin_convertvector(rounded, vh);
+    return low_halves(rounded);
 #endif
 }
 
@@ -128,6 +138,9 @@ INLINE float largest(vf x) {
 #if defined(__AVX512F__)
 INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+INLINE vf max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
 INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE vf min(vf a, vf b) { return a < b ? a : b; }
