@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from decal import demo
 from decal.errors import DataError
+from decal.kernels import native
 from decal.train.events import Event, Note
 from decal.verbs import check as subject
 from decal.verbs.check import Check, check
-from decal.verbs.findings import Finding, before
+from decal.verbs.findings import Finding, before, machine
 from decal.verbs.inputs import look
 from decal.verbs.overfit import Learning
 from decal.verbs.train import train
@@ -56,8 +58,9 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Check:
 def test_a_sound_run_is_ready(sound: Check) -> None:
     """Mutations: take a note for a problem; look at the learning only."""
     assert sound.ready
-    assert {finding.level for finding in sound.findings} <= {"ok", "note"}
-    areas = [finding.area for finding in sound.findings]
+    findings = [finding for finding in sound.findings if finding.area != "machine"]
+    assert {finding.level for finding in findings} <= {"ok", "note"}
+    areas = [finding.area for finding in findings]
     assert areas == sorted(areas, key=["data", "targets", "model", "learning"].index)
     assert set(areas) == {"data", "targets", "model", "learning"}
 
@@ -121,6 +124,24 @@ def test_duplicates_are_counted_and_named(tmp_path: Path) -> None:
         f"{held_out}, the same as row 5" in said  # fmt: skip
     assert "1 of 10 (10.0%) training rows repeat an earlier one: first row 10, the same as row 3" \
         in said  # fmt: skip
+
+
+def test_a_missing_library_is_said_before_it_costs_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutations: stay silent; warn where DECAL_ISA=off asked for it or a GPU computes."""
+    monkeypatch.delenv("DECAL_ISA", raising=False)
+    monkeypatch.setattr(native, "available", lambda: ("portable",))
+    assert machine() == []
+    monkeypatch.setattr(native, "available", lambda: ())
+    monkeypatch.setattr(native, "why", lambda: "not built")
+    (finding,) = machine()
+    assert finding.level == "warning"
+    assert "not built" in finding.line()
+    assert "C++ compiler" in finding.line()
+    monkeypatch.setenv("DECAL_ISA", "off")
+    assert machine() == []
+    monkeypatch.delenv("DECAL_ISA")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert machine() == []
 
 
 def test_rows_that_are_cut(tmp_path: Path) -> None:

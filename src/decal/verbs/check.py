@@ -35,6 +35,7 @@ from decal.verbs.findings import (
     Level,
     Part,
     data_part,
+    machine,
     of_error,
     target_part,
     vocabulary_part,
@@ -121,7 +122,7 @@ def check(config: RunConfig, *, observe: Observe | None = None) -> Check:
         "model": vocabulary_part(found),
     }
     findings = [of_error(problem.area, problem.error) for problem in found.problems]
-    findings += [finding for part in parts.values() for finding in part.findings]
+    findings += [*machine(), *(finding for part in parts.values() for finding in part.findings)]
     findings += _output(config)
     learning = None
     session = None if found.problems else _session(found, findings)
@@ -132,7 +133,7 @@ def check(config: RunConfig, *, observe: Observe | None = None) -> Check:
         findings += loaded.findings
         learning = overfit(session, observe=observe)
         findings += _learning(learning, session)
-    order = ("settings", "data", "targets", "model", "learning")
+    order = ("settings", "machine", "data", "targets", "model", "learning")
     return Check(
         findings=tuple(sorted(findings, key=lambda finding: order.index(finding.area))),
         facts={area: part.facts for area, part in parts.items()},

@@ -10,15 +10,19 @@ meant, `problem` makes the run worthless or impossible.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
 
 from decal.config import DataConfig, FullConfig
 from decal.data.chat import own_bos
 from decal.data.duplicates import Duplicates, repeated, shared
 from decal.data.stats import DataSummary
 from decal.errors import DataError, DecalError
+from decal.kernels import native
 from decal.model.inject import adapted_layers, replaced_modules, trainable_parameters
 from decal.model.survey import base_modules
 from decal.model.targets import TargetTable
@@ -41,7 +45,7 @@ class Finding:
     """One sentence on one thing."""
 
     area: str
-    """settings | data | targets | model | learning"""
+    """settings | machine | data | targets | model | learning"""
     level: Level
     text: str
     details: tuple[str, ...] = ()
@@ -73,9 +77,19 @@ def of_error(area: str, error: DecalError) -> Finding:
 
 
 def before(found: Inputs) -> list[Finding]:
-    """All findings of data, targets and model that need no weights."""
+    """All findings of machine, data, targets and model that need no weights."""
     parts = (data_part(found), target_part(found), vocabulary_part(found))
-    return [finding for part in parts for finding in part.findings]
+    return [*machine(), *(finding for part in parts for finding in part.findings)]
+
+
+def machine() -> list[Finding]:
+    """What will make every step slow; nothing where all is as it should be."""
+    asked_for = os.environ.get("DECAL_ISA") == "off"
+    if asked_for or native.available() or torch.cuda.is_available():
+        return []
+    text = f"no compiled kernels for this processor: {native.why()}"
+    hint = "steps take several times as long in plain torch; with a C++ compiler, install again"
+    return [Finding(area="machine", level="warning", text=text, hint=hint)]
 
 
 # --- data -------------------------------------------------------------------------------------
