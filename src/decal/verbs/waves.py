@@ -7,10 +7,10 @@ holds the activations of no more tokens than a pass of one run does. What that c
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import ceil
-from pathlib import Path
 
 import torch
 
@@ -22,12 +22,11 @@ from decal.plan.memory import Peak
 from decal.plan.setup import Load, Setup
 from decal.plan.units import gigabytes
 from decal.train.memory import anonymous
+from decal.verbs import env
 from decal.verbs.grid import Candidate
 from decal.verbs.lengths import Lengths, load_of
 from decal.verbs.planned import planned_together, setup_of
 from decal.verbs.session import Say, Session
-
-MEMINFO = Path("/proc/meminfo")
 
 
 def room(session: Session) -> int | None:
@@ -36,12 +35,11 @@ def room(session: Session) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_allocated(device)
-    if device.type != "cpu" or not MEMINFO.exists():
+    found = env.memory() if device.type == "cpu" else {}
+    if "available" not in found:
         return None
-    for line in MEMINFO.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024 + anonymous()
-    return None
+    # A container's limit is of all that the process takes, and the system's figures ignore it.
+    return min(found["available"] + anonymous(), found.get("limit", sys.maxsize))
 
 
 def waves(
