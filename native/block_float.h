@@ -4,26 +4,27 @@
 // exponent. `vpmaddwd` multiplies sixteen pairs of them and adds them two by two, where a fused
 // multiply-add of floats does eight, and a block's sum in 32 bits is exact:
 //
-//     value = integer * unit,  unit a power of two;  |left| <= 8160, |right| <= 2040,
-//     8160 * 2040 * 128 < 2^31
+//     value = integer * unit + rest * unit of the rest,  units powers of two;
+//     |integer| <= 4080,  4080 * 4080 * 128 < 2^31
 //
-// A bf16 has 8 significant bits. So what is less than 2^5 times smaller than the largest of its
-// block is exact on the left, where activations and gradients are, and less than 2^3 times on the
-// right, where weights are. Smaller values are rounded to the nearest unit. That is less than a
-// fifth of what rounding y to bf16 is, unless one value on the left dwarfs the others of its block,
-// as it happens in activations: the others would lose their digits, and so might the weight that
-// the large one meets. Where a block of the left loses more than rounding it to bf16 anew would,
-// what both sides lost is multiplied too, in rounds of their own:
+// A bf16 has 8 significant bits. So the rest is nothing for what is less than 2^4 times smaller
+// than the largest of its block, and at most half a unit, 2^-12 of the largest, for any other
+// value. In most blocks rests are worth less than a tenth of what rounding y to bf16 is, and are
+// left out. Not where a few values dwarf the others, as it happens in activations, or where the
+// features of x differ in size and the columns of W make up for it: small values would lose digits
+// that matter. So where the block of the row or that of the column loses more than a small share of
+// its small values, their rests are multiplied as well:
 //
-//     y = first first + rest first + first rest
+//     y = integer integer                               all pairs of a row's and a column's block
+//       + rest integer + integer rest                   pairs of which one loses too much
 //
-// What is left: a weight that dwarfs the others of its block (a hundred times) takes digits from
-// them, which matters where what it meets on the left is small. NF4 and int8 have no such weights.
+// Which pairs depends on the two alone, so no row's result depends on others. Short of that share
+// the error of a row may be up to three times what rounding makes it; for values of one size, or
+// with outliers, it is a few percent more.
 //
 // Blocks are summed in float, in their order. A block with NaN or infinity is NaN; one whose
-// largest magnitude is below 2^-114 is zero.
+// largest magnitude is below 2^-114 is zero. Weights beyond 2^100 may overflow.
 #pragma once
-#include "room.h"
 #include "vec.h"
 
 #if DECAL_W == 8
@@ -34,24 +35,27 @@ namespace NAMESPACE {
 
 constexpr int64_t SHARED = 128;  // values that share an exponent
 
-// Rows of the left operand, from `first` of C on: `ld` integers each, and for each of their
-// `blocks` two units, of these integers and of the rest, 0 where that is left out. Rests lie `rest`
-// values on.
+// Rows of the left operand, from `first` of C on: `ld` integers each, their rests `to_rests` values
+// on, and for each of their `blocks` the scales of a block.
 struct Integers {
     const int16_t* values;
-    const float* units;
-    int64_t ld, blocks, rest, first;
-    const uint8_t* rests;  // blocks in which some row has a rest; null if there are none
+    const float* scales;
+    int64_t ld, blocks, to_rests, first;
+    const uint8_t* losing;  // blocks in which some row loses too much; null if there are none
 };
+
+// Of a block: its unit, the unit of its rests, and 1 if it loses too much, else 0.
+enum Scale { unit = 0, rest_unit = 1, loses = 2, SCALES = 3 };
 
 #if defined(BLOCK_FLOAT)
 namespace {
 
-constexpr int LEFT_BITS = 12, RIGHT_BITS = 10;  // of the largest, below its leading bit
-constexpr int64_t AHEAD_OF_L1 = 512;            // floats: 2 KB from L2
-// A rest matters where it is more than this share of the values, the largest left out and large
-// ones cut. In a block of normal values it is a fiftieth to a twentieth of that.
-constexpr float LOST = 0x1p-8f, LARGE = 256.0f, LARGEST = 2048.0f;
+constexpr int BITS = 11;              // of the largest, below its leading bit
+constexpr int64_t AHEAD_OF_L1 = 512;  // floats: 2 KB from L2
+// The share that a block may lose of its values, the largest half of the range left out and the
+// rest cut at a sixteenth: of a row 1 / 256, which one block in a hundred of what SwiGLU makes
+// reaches; of a column 1 / 700, which normal and quantized weights never reach.
+constexpr float ROW_LOSES = 1.0f / 256, COLUMN_LOSES = 1.0f / 700;
 INLINE constexpr float rests_in_unit(int bits) { return static_cast<float>(2 << bits); }
 
 // What values are multiplied with, and what their integers stand for, by the bits of the largest
@@ -60,7 +64,7 @@ struct Exponents {
     vf factor, unit;
     INLINE Exponents(vu largest, int bits) {
         vu exponent = largest >> 7;
-        vi kept = exponent > 12u, number = exponent < 255u;
+        vi kept = exponent > 12u, number = exponent < 255u;  // units are above 2^-126
         factor = (vf)(((uint32_t)(254 + bits) - exponent) << 23 & (vu)(kept & number));
         unit = (vf)(((exponent - (uint32_t)bits) << 23 & (vu)kept) | (0x7fc00000u & ~(vu)number));
     }
@@ -79,46 +83,46 @@ INLINE __m256i whole(vf x) { return _mm256_cvtps_epi32((__m256)x); }
 INLINE vf nearest(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
-// SHARED values that follow each other, read as often as it takes.
-struct Block {
+// N values that follow each other, read as often as it takes.
+template <int N>
+struct BlockOf {
     const bf16* x;
     int bits;
     Exponents e;
 
-    // The first n values of `from`, and zeros, by way of `edge` where there are fewer than SHARED.
-    INLINE Block(const bf16* from, int64_t n, int given, bf16* edge)
+    // The first n values of `from`, and zeros, by way of `edge` where there are fewer than N.
+    INLINE BlockOf(const bf16* from, int64_t n, int given, bf16* edge)
         : x(filled(from, n, edge)), bits(given), e(largest() - vu{}, given) {}
 
     INLINE float unit() const { return e.unit[0]; }
-    INLINE float unit_of_rest() const { return e.unit[0] / rests_in_unit(bits); }
+    INLINE float unit_of_rests() const { return e.unit[0] / rests_in_unit(bits); }
     INLINE void integers(int16_t* out) const {
-        for (int i = 0; i < SHARED; i += 16) put(out + i, scaled(i), scaled(i + 8));
+        for (int i = 0; i < N; i += 16) put(out + i, scaled(i), scaled(i + 8));
     }
-    INLINE void rest(int16_t* out) const {
-        for (int i = 0; i < SHARED; i += 16) put(out + i, rest_at(i), rest_at(i + 8));
+    INLINE void rests(int16_t* out) const {
+        for (int i = 0; i < N; i += 16) put(out + i, rest_at(i), rest_at(i + 8));
     }
-    INLINE bool loses() const {
+    INLINE bool loses_more_than(float share) const {
+        const float small = static_cast<float>(1 << (bits - 4)), half = 8 * small;
         vf lost{}, kept{};
-        for (int i = 0; i < SHARED; i += 8) {
-            vf value = scaled(i);
+        for (int i = 0; i < N; i += 8) {
+            vf value = scaled(i), size = magnitude(value);
             lost += magnitude(value - nearest(value));
-            vi counts = magnitude(value) < LARGEST;
-            kept += (vf)((vi)min(magnitude(value), splat(LARGE)) & counts);
+            kept += (vf)((vi)min(size, splat(small)) & (size < half));
         }
-        return sum(lost) > LOST * sum(kept);
+        return sum(lost) > share * sum(kept);
     }
 
   private:
     INLINE static const bf16* filled(const bf16* from, int64_t n, bf16* edge) {
-        if (n == SHARED) return from;
-        memset(edge, 0, SHARED * sizeof(bf16));
+        if (n == N) return from;
+        memset(edge, 0, N * sizeof(bf16));
         memcpy(edge, from, n * sizeof(bf16));
         return edge;
     }
     INLINE uint32_t largest() const {
         __m256i most = magnitudes(halves(x));
-        for (int i = 16; i < SHARED; i += 16)
-            most = _mm256_max_epu16(most, magnitudes(halves(x + i)));
+        for (int i = 16; i < N; i += 16) most = _mm256_max_epu16(most, magnitudes(halves(x + i)));
         return largest_half(most);
     }
     INLINE vf scaled(int i) const { return load(x + i) * e.factor; }
@@ -133,36 +137,45 @@ struct Block {
     }
 };
 
-// A row of k values as integers, with zeros up to whole blocks; `rests` is told where it has any.
-inline void left_row(const bf16* x, int64_t k, int16_t* out, int16_t* rest, float* units,
-                     uint8_t* rests) {
+using Block = BlockOf<SHARED>;
+
+// A row of k values as integers and rests, with zeros up to whole blocks; `losing` is told where it
+// loses too much.
+inline void left_row(const bf16* x, int64_t k, int16_t* out, int16_t* rests, float* scales,
+                     uint8_t* losing) {
     alignas(32) bf16 edge[SHARED];
-    for (int64_t at = 0, b = 0; at < k; at += SHARED, ++b) {
-        const Block block(x + at, k - at < SHARED ? k - at : SHARED, LEFT_BITS, edge);
+    for (int64_t at = 0, b = 0; at < k; at += SHARED, ++b, scales += SCALES) {
+        const Block block(x + at, k - at < SHARED ? k - at : SHARED, BITS, edge);
+        const bool much = block.loses_more_than(ROW_LOSES);
         block.integers(out + at);
-        units[2 * b] = block.unit();
-        units[2 * b + 1] = 0.0f;
-        if (!block.loses()) continue;
-        block.rest(rest + at);
-        units[2 * b + 1] = block.unit_of_rest();
-        rests[b] = 1;
+        block.rests(rests + at);
+        scales[unit] = block.unit();
+        scales[rest_unit] = block.unit_of_rests();
+        scales[loses] = much ? 1.0f : 0.0f;
+        losing[b] |= much;
     }
 }
 
 INLINE int64_t blocks_of(int64_t k) { return (k + SHARED - 1) / SHARED; }
 
-// A strip of the right operand: for each block `width` units, then SHARED / 2 rows of pairs. Behind
-// it another of the rests, if the left has any.
-INLINE int64_t strip_depth(int64_t k) { return blocks_of(k) * (SHARED / 2 + 1); }
+// A strip of the right operand: for each block the three scales of `width` columns, then SHARED / 2
+// rows of pairs. Behind it another of the rests, whose blocks are written where they are needed.
+constexpr int64_t BLOCK_ROWS = SCALES + SHARED / 2;
+INLINE int64_t strip_depth(int64_t k) { return blocks_of(k) * BLOCK_ROWS; }
 
-// A strip that is packed, block by block.
-struct Strips {
+// A block of a strip that is being packed.
+struct Packed {
     float* at;
-    int64_t rest;  // floats from a block to its rest
-    const uint8_t* rests;
-    INLINE Strips(float* panel, int width, int64_t depth, const Integers& left)
-        : at(panel), rest(strip_depth(depth) * width), rests(left.rests) {}
-    INLINE bool has_rest(int64_t block) const { return rests && rests[block]; }
+    int width;
+    int64_t to_rests;  // floats
+    bool needed;       // some row's block loses too much
+    INLINE Packed(float* strip, int wide, int64_t depth, const Integers& left, int64_t block)
+        : at(strip + block * BLOCK_ROWS * wide),
+          width(wide),
+          to_rests(strip_depth(depth) * wide),
+          needed(left.losing && left.losing[block]) {}
+    INLINE float* scales(Scale which) const { return at + which * width; }
+    INLINE float* pairs() const { return at + SCALES * width; }
 };
 
 // Eight rows of eight pairs -> eight pairs of eight rows.
@@ -186,61 +199,79 @@ INLINE void turn(const int16_t* from, int64_t ld, float* to, int64_t stride) {
     }
 }
 
-// `width` rows of bf16, whose contraction is along them.
-inline void strip_along(int width, int64_t depth, const bf16* const* rows, Strips strips) {
+// `width` rows of `depth` bf16, whose contraction is along them.
+inline void strip_along(int width, int64_t depth, const bf16* const* rows, const Integers& left,
+                        float* strip) {
     alignas(32) bf16 edge[SHARED];
-    alignas(32) int16_t room[16 * SHARED], rest[16 * SHARED];
-    for (int64_t k = 0, b = 0; k < depth; k += SHARED, ++b, strips.at += (SHARED / 2 + 1) * width) {
-        int64_t n = depth - k < SHARED ? depth - k : SHARED;
-        bool both = strips.has_rest(b);
+    alignas(32) int16_t room[16 * SHARED], rests[16 * SHARED];
+    for (int64_t k = 0; k < depth; k += SHARED) {
+        const int64_t n = depth - k < SHARED ? depth - k : SHARED;
+        Packed to(strip, width, depth, left, k / SHARED);
         for (int j = 0; j < width; ++j) {
-            const Block block(rows[j] + k, n, RIGHT_BITS, edge);
+            const Block block(rows[j] + k, n, BITS, edge);
+            const bool much = block.loses_more_than(COLUMN_LOSES);
             block.integers(room + j * SHARED);
-            strips.at[j] = block.unit();
-            if (!both) continue;
-            block.rest(rest + j * SHARED);
-            strips.at[strips.rest + j] = block.unit_of_rest();
+            to.scales(unit)[j] = block.unit();
+            to.scales(rest_unit)[j] = block.unit_of_rests();
+            to.scales(loses)[j] = much ? 1.0f : 0.0f;
+            to.needed |= much;
         }
-        float* pairs = strips.at + width;
+        for (int j = 0; to.needed && j < width; ++j)
+            Block(rows[j] + k, n, BITS, edge).rests(rests + j * SHARED);
         for (int j = 0; j < width; j += 8)
             for (int64_t i = 0; i < (n + 1) / 2; i += 8) {
-                turn(room + j * SHARED + 2 * i, SHARED, pairs + i * width + j, width);
-                if (both)
-                    turn(rest + j * SHARED + 2 * i, SHARED, pairs + strips.rest + i * width + j,
-                         width);
+                float* pairs = to.pairs() + i * width + j;
+                turn(room + j * SHARED + 2 * i, SHARED, pairs, width);
+                if (to.needed) turn(rests + j * SHARED + 2 * i, SHARED, pairs + to.to_rests, width);
             }
     }
 }
 
-// Up to SHARED rows of `width` values in bf16, whose contraction runs over the rows, as one block.
-// Behind the last row there is one of zeros.
-inline void block_across(int width, int64_t n, const bf16 (*rows)[16], const Strips& strips,
-                         bool both) {
+// Up to SHARED rows of bf16, `ld` apart, whose contraction runs over the rows, as one block. Behind
+// the last row there is one of zeros; 16 values of each can be read.
+inline void block_across(int64_t n, const bf16* rows, int64_t ld, Packed to) {
     __m256i most = _mm256_setzero_si256();
-    for (int64_t k = 0; k < n; ++k) most = _mm256_max_epu16(most, magnitudes(halves(rows[k])));
+    for (int64_t k = 0; k < n; ++k)
+        most = _mm256_max_epu16(most, magnitudes(halves(rows + k * ld)));
     alignas(32) uint16_t largest[16];
     _mm256_store_si256(reinterpret_cast<__m256i*>(largest), most);
-    auto put = [](float* to, vf first, vf second) INLINE_LAMBDA {
+    auto put = [](float* at, vf first, vf second) INLINE_LAMBDA {
         __m256i pair = _mm256_slli_epi32(whole(second), 16);
         pair = _mm256_blend_epi16(whole(first), pair, 0xaa);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), pair);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), pair);
     };
-    constexpr float RESTS = rests_in_unit(RIGHT_BITS);
-    float* pairs = strips.at + width;
-    for (int j = 0; j < width; j += 8) {
+    constexpr float RESTS = rests_in_unit(BITS), SMALL_ONES = 1 << (BITS - 4);
+    vf factors[2];
+    for (int j = 0; j < to.width; j += 8) {
         const __m128i eight = _mm_load_si128(reinterpret_cast<const __m128i*>(largest + j));
-        const Exponents e((vu)_mm256_cvtepu16_epi32(eight), RIGHT_BITS);
-        store(strips.at + j, e.unit);
-        if (both) store(strips.at + strips.rest + j, e.unit / RESTS);
+        const Exponents e((vu)_mm256_cvtepu16_epi32(eight), BITS);
+        factors[j / 8] = e.factor;
+        store(to.scales(unit) + j, e.unit);
+        store(to.scales(rest_unit) + j, e.unit / RESTS);
+        vf lost{}, kept{};
+        auto look = [&](vf x) INLINE_LAMBDA {
+            vf size = magnitude(x);
+            lost += magnitude(x - nearest(x));
+            kept += (vf)((vi)min(size, splat(SMALL_ONES)) & (size < 8 * SMALL_ONES));
+        };
         for (int64_t k = 0; k < n; k += 2) {
-            float* to = pairs + k / 2 * width + j;
-            vf first = load(rows[k] + j) * e.factor, second = load(rows[k + 1] + j) * e.factor;
-            put(to, first, second);
-            if (both)
-                put(to + strips.rest, (first - nearest(first)) * RESTS,
-                    (second - nearest(second)) * RESTS);
+            const bf16* two = rows + k * ld + j;
+            vf first = load(two) * e.factor, second = load(two + ld) * e.factor;
+            put(to.pairs() + k / 2 * to.width + j, first, second);
+            look(first);
+            look(second);
         }
+        const vi much = lost > COLUMN_LOSES * kept;
+        store(to.scales(loses) + j, (vf)((vi)splat(1.0f) & much));
+        to.needed |= _mm256_movemask_ps((__m256)much) != 0;
     }
+    for (int j = 0; to.needed && j < to.width; j += 8)
+        for (int64_t k = 0; k < n; k += 2) {
+            const bf16* two = rows + k * ld + j;
+            vf first = load(two) * factors[j / 8], second = load(two + ld) * factors[j / 8];
+            put(to.pairs() + to.to_rests + k / 2 * to.width + j, (first - nearest(first)) * RESTS,
+                (second - nearest(second)) * RESTS);
+        }
 }
 
 // sum += products of pairs. Left to itself, gcc gives every sum a second register where there are
@@ -253,16 +284,18 @@ INLINE void add_products(V& sum, V left, V right) {
         : "x"(left), "x"(right));
 }
 
-// C [ROWS, V vectors] (+)= integers [k, end) of the rows times a block, in units of the two.
+// C [ROWS, V vectors] (+)= n integers of each row times those of a block, by the units of the rows
+// and columns; with `row_loses` and `column_loses` only where one of them is 1.
 template <int ROWS, int V>
-INLINE void round_of_block(const int16_t* const (&values)[ROWS], int64_t k, int64_t end,
-                           const float* block, const float (&units)[ROWS], float* c, bool fresh) {
+INLINE void round_of_block(const int16_t* const (&values)[ROWS], int64_t n, const float* pairs,
+                           const float (&units)[ROWS], const float* columns, float* c, bool fresh,
+                           const float* row_loses = nullptr, const float* column_loses = nullptr) {
     __m256i sums[ROWS][V];
 #pragma GCC unroll 8
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) sums[i][v] = _mm256_setzero_si256();
-    for (const float* pairs = block + V * W; k < end; k += 2, pairs += V * W) {
+    for (int64_t k = 0; k < n; k += 2, pairs += V * W) {
         __builtin_prefetch(pairs + AHEAD_OF_L1);
         __m256i column[V];
 #pragma GCC unroll 2
@@ -280,10 +313,12 @@ INLINE void round_of_block(const int16_t* const (&values)[ROWS], int64_t k, int6
     for (int i = 0; i < ROWS; ++i)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
-            vf sum = (vf)_mm256_cvtepi32_ps(sums[i][v]) * units[i];
+            // The column's unit first: weights are of a size, a row may be near the largest float.
+            vf sum = (vf)_mm256_cvtepi32_ps(sums[i][v]) * load(columns + v * W);
             float* out = c + (i * V + v) * W;
-            vf before = fresh ? vf{} : load(out);
-            store(out, before + sum * load(block + v * W));
+            vf before = fresh ? vf{} : load(out), scale = splat(units[i]);
+            if (row_loses) scale *= max(splat(row_loses[i]), load(column_loses + v * W));
+            store(out, before + sum * scale);
         }
 }
 
@@ -291,30 +326,40 @@ INLINE void round_of_block(const int16_t* const (&values)[ROWS], int64_t k, int6
 template <int ROWS, int V>
 void multiply_integers(const Integers& left, int64_t row, int count, int64_t depth,
                        const float* strip, float* c, bool fresh) {
+    constexpr int64_t width = V * W;
     const int16_t* values[ROWS];
-    const float* units[ROWS];
+    const float* scales[ROWS];
     for (int i = 0; i < ROWS; ++i) {
         int64_t own = row - left.first + (i < count ? i : count - 1);
         values[i] = left.values + own * left.ld;
-        units[i] = left.units + own * 2 * left.blocks;
+        scales[i] = left.scales + own * left.blocks * SCALES;
     }
-    const int64_t to_rest = strip_depth(depth) * V * W;
-    for (int64_t k = 0, b = 0; k < depth; k += SHARED, ++b, strip += (SHARED / 2 + 1) * V * W) {
-        int64_t end = k + SHARED < depth ? k + SHARED : depth;
-        float first[ROWS], rest[ROWS], own[ROWS];
-        bool any = false;
+    const int64_t strip_to_rests = strip_depth(depth) * width;
+    for (int64_t k = 0; k < depth; k += SHARED, strip += BLOCK_ROWS * width) {
+        const int64_t n = depth - k < SHARED ? depth - k : SHARED;
+        const float *pairs = strip + SCALES * width, *column_loses = strip + loses * width;
+        float units[ROWS], rest_units[ROWS], row_loses[ROWS];
+        float most = 0;
         for (int i = 0; i < ROWS; ++i) {
-            first[i] = units[i][2 * b];
-            rest[i] = units[i][2 * b + 1];
-            own[i] = rest[i] != 0.0f ? first[i] : 0.0f;
-            any |= rest[i] != 0.0f;
+            units[i] = scales[i][unit];
+            rest_units[i] = scales[i][rest_unit];
+            row_loses[i] = scales[i][loses];
+            most += row_loses[i];
+            scales[i] += SCALES;
         }
-        round_of_block<ROWS, V>(values, k, end, strip, first, c, fresh && k == 0);
-        if (!any) continue;
-        // Rows without a rest meet what is left there of another product, in units of zero.
-        int64_t to = left.rest;
-        round_of_block<ROWS, V>(values, k + to, end + to, strip, rest, c, false);
-        round_of_block<ROWS, V>(values, k, end, strip + to_rest, own, c, false);
+        round_of_block<ROWS, V>(values, n, pairs, units, strip + unit * width, c, fresh);
+        fresh = false;
+        vf any = splat(most);
+        for (int v = 0; v < V; ++v) any = max(any, load(column_loses + v * W));
+        if (_mm256_movemask_ps((__m256)(any > 0.0f))) {
+            round_of_block<ROWS, V>(values, n, pairs + strip_to_rests, units,
+                                    strip + rest_unit * width, c, false, row_loses, column_loses);
+            for (int i = 0; i < ROWS; ++i) values[i] += left.to_rests;
+            round_of_block<ROWS, V>(values, n, pairs, rest_units, strip + unit * width, c, false,
+                                    row_loses, column_loses);
+            for (int i = 0; i < ROWS; ++i) values[i] -= left.to_rests;
+        }
+        for (int i = 0; i < ROWS; ++i) values[i] += SHARED;
     }
 }
 

@@ -24,9 +24,9 @@
 // not depend on the number of threads, nor on what else is in the batch. NaN and infinity in `a`
 // reach every column of their row. Products of bf16 pairs take denormals as zeros.
 //
-// Rejected: packing `a` too (it is read by rows, which the broadcast of a pair can do in place);
-// one panel per thread row block; with AVX-512 a group of strips packed together (no gain, more
-// L2).
+// Rejected: packing bf16 of `a` too (it is read by rows, which the broadcast of a pair can do in
+// place); one panel per thread row block; with AVX-512 a group of strips packed together (no gain,
+// more L2).
 #include <algorithm>
 
 #include "block_float.h"
@@ -118,7 +118,7 @@ INLINE void transpose(const bf16* const* rows, int64_t at, Panel* out, int64_t s
 
 // A strip of W^T: columns [n0, n0 + width) of C are rows of W; the contraction is [k0, k1) of them.
 inline void pack_along(const Segment& s, int64_t n0, int64_t N, int width, int64_t k0, int64_t k1,
-                       const Integers* integers, Panel* panel, bf16* room) {
+                       [[maybe_unused]] const Integers* integers, Panel* panel, bf16* room) {
     int64_t depth = k1 - k0, padded = (depth + 31) / 32 * 32;
     const bf16* rows[WIDTH];
     for (int j = 0; j < width; ++j) {
@@ -134,9 +134,6 @@ inline void pack_along(const Segment& s, int64_t n0, int64_t N, int width, int64
         memset(own + depth, 0, (padded - depth) * sizeof(bf16));
         rows[j] = own;
     }
-#if !defined(BLOCK_FLOAT)
-    static_cast<void>(integers);
-#endif
 #if defined(DOT_BF16)
     for (int j = 0; j < width; j += 16)
         for (int64_t k = 0; k < padded; k += 32) {
@@ -146,7 +143,7 @@ inline void pack_along(const Segment& s, int64_t n0, int64_t N, int width, int64
         }
 #else
 #if defined(BLOCK_FLOAT)
-    if (integers) return strip_along(width, depth, rows, {panel, width, depth, *integers});
+    if (integers) return strip_along(width, depth, rows, *integers, panel);
 #endif
     for (int64_t k = 0; k < depth; ++k)
         for (int j = 0; j < width; ++j) panel[k * width + j] = to_float(rows[j][k]);
@@ -212,27 +209,6 @@ inline void pack_across(const Segment& s, int64_t n0, int64_t N, int width, int6
         }
     }
 }
-
-#if defined(BLOCK_FLOAT)
-// The same in integers: blocks of rows of W, gathered in the cache.
-inline void pack_integers_across(const Segment& s, int64_t n0, int64_t N, int width, int64_t k0,
-                                 int64_t k1, const Integers& left, Panel* panel) {
-    alignas(32) bf16 rows[SHARED + 1][16];
-    int64_t held = std::min<int64_t>(width, N - n0);
-    if (held < width) memset(rows, 0, sizeof rows);
-    Strips strips(panel, width, k1 - k0, left);
-    for (int64_t k = k0; k < k1; k += SHARED, strips.at += (SHARED / 2 + 1) * width) {
-        int64_t n = std::min(SHARED, k1 - k);
-        for (int64_t i = 0; i < n; ++i) {
-            row_ahead(s.weight, k + i + ROWS_AHEAD, n0, n0 + held);
-            const bf16* row = row_values(s.weight, k + i, n0, n0 + held, rows[i]);
-            if (row != rows[i]) memcpy(rows[i], row, held * sizeof(bf16));
-        }
-        memset(rows[n], 0, sizeof rows[n]);  // the other half of an odd last pair
-        block_across(width, n, rows, strips, strips.has_rest((k - k0) / SHARED));
-    }
-}
-#endif
 
 // --- multiplying ---------------------------------------------------------------------------------
 
@@ -411,23 +387,25 @@ INLINE int64_t panel_depth(int64_t k, [[maybe_unused]] bool shares) {
 // The rows of a pass as integers, where pieces are multiplied so.
 struct Lefts {
     Room<int16_t> values;
-    Room<float> units;
-    Room<uint8_t> rests;
+    Room<float> scales;
+    Room<uint8_t> losing;
 
-    void make([[maybe_unused]] Piece* pieces, [[maybe_unused]] int count,
-              [[maybe_unused]] Range rows) {
+    // `most`: pieces of a pass.
+    void make([[maybe_unused]] const Product& p, [[maybe_unused]] Piece* pieces,
+              [[maybe_unused]] int count, [[maybe_unused]] int most, [[maybe_unused]] Range rows) {
 #if defined(BLOCK_FLOAT)
-        int64_t width = 0, wide = 0, height = rows.end - rows.begin;
-        for (int i = 0; i < count; ++i) {
-            if (!pieces[i].shares) continue;
-            width += distance(pieces[i]);
-            wide += blocks_of(pieces[i].end - pieces[i].begin);
-        }
-        if (!wide) return;
+        int64_t shared = 0, height = rows.end - rows.begin;
+        for (int i = 0; i < p.count; ++i)
+            if (shares_exponents(p, p.segments[i])) shared += p.segments[i].k;
+        if (!shared) return;
+        // Of the largest pass, so that the next one does not ask for another size.
+        int64_t in_pass = std::min<int64_t>(p.count, most);
+        int64_t blocks_needed = std::min(shared, DEPTH) / SHARED + in_pass;
+        int64_t width = blocks_needed * SHARED + in_pass * BETWEEN_ROWS;
         int16_t* at = values.get(2 * height * width);
-        float* unit = units.get(2 * height * wide);
-        uint8_t* some = rests.get(wide);
-        memset(some, 0, wide);
+        float* scale = scales.get(SCALES * height * blocks_needed);
+        uint8_t* some = losing.get(blocks_needed);
+        memset(some, 0, blocks_needed);
         for (int i = 0; i < count; ++i) {
             if (!pieces[i].shares) continue;
             const Segment& s = *pieces[i].segment;
@@ -436,23 +414,26 @@ struct Lefts {
             for (int64_t row = first; row < std::min(rows.end, s.end); ++row) {
                 int16_t* own = at + (row - first) * ld;
                 left_row(s.a + (row - s.begin) * s.lda + pieces[i].begin, depth, own,
-                         own + height * ld, unit + (row - first) * 2 * blocks, some);
+                         own + height * ld, scale + (row - first) * blocks * SCALES, some);
             }
             bool any = false;
             for (int64_t b = 0; b < blocks; ++b) any |= some[b] != 0;
-            pieces[i].integers = {at, unit, ld, blocks, height * ld, first, any ? some : nullptr};
+            pieces[i].integers = {at, scale, ld, blocks, height * ld, first, any ? some : nullptr};
             at += 2 * height * ld;
-            unit += 2 * height * blocks;
+            scale += SCALES * height * blocks;
             some += blocks;
         }
 #endif
     }
 
   private:
+#if defined(BLOCK_FLOAT)
     // Rows of whole pages would share a few places of the L1 cache.
+    static constexpr int64_t BETWEEN_ROWS = 32;
     INLINE static int64_t distance(const Piece& piece) {
-        return (piece.end - piece.begin + SHARED - 1) / SHARED * SHARED + 32;
+        return blocks_of(piece.end - piece.begin) * SHARED + BETWEEN_ROWS;
     }
+#endif
 };
 
 inline void finish(const Product& p, const float* c, int64_t row, int rows, int64_t n0, int width) {
@@ -612,29 +593,64 @@ inline void strip(const Product& p, const Pass& pass, const Strip& s, Range rows
     }
 }
 
-inline void pack(const Product& p, const Piece& piece, const Strip& strip, Panel* panel,
-                 bf16* room) {
+#if defined(BLOCK_FLOAT)
+constexpr int64_t BESIDE = 4;  // strips whose rows are unpacked together
+
+// Strips of W whose contraction runs over its rows, in integers: blocks of rows, gathered in L1.
+// `panel` is where the first strip's panel begins, `apart` how far it is to the next.
+inline void pack_integers_across(const Piece& piece, int64_t N, const Strip* strips, int64_t count,
+                                 Panel* panel, int64_t apart) {
+    constexpr int64_t WIDE = BESIDE * WIDTH;
+    alignas(32) bf16 rows[SHARED + 1][WIDE];
+    const Strip& last = strips[count - 1];
+    const int64_t n0 = strips[0].n0, end = std::min(last.n0 + last.vectors * W, N);
+    if (end - n0 < WIDE) memset(rows, 0, sizeof rows);
+    for (int64_t k = piece.begin, b = 0; k < piece.end; k += SHARED, ++b) {
+        int64_t n = std::min(SHARED, piece.end - k);
+        for (int64_t i = 0; i < n; ++i) {
+            row_ahead(piece.segment->weight, k + i + ROWS_AHEAD, n0, end);
+            const bf16* row = row_values(piece.segment->weight, k + i, n0, end, rows[i]);
+            if (row != rows[i]) memcpy(rows[i], row, (end - n0) * sizeof(bf16));
+        }
+        memset(rows[n], 0, sizeof rows[n]);  // the other half of an odd last pair
+        for (int64_t s = 0; s < count; ++s) {
+            int width = strips[s].vectors * W;
+            Packed to(panel + s * apart + piece.panel * width, width, piece.end - piece.begin,
+                      piece.integers, b);
+            block_across(n, rows[0] + (strips[s].n0 - n0), WIDE, to);
+        }
+    }
+}
+#endif
+
+// Packs a piece of the first of `count` strips that lie `apart`, or of several; returns how many.
+inline int64_t pack(const Product& p, const Piece& piece, const Strip* strips,
+                    [[maybe_unused]] int64_t count, Panel* panel, [[maybe_unused]] int64_t apart,
+                    bf16* room) {
     const Segment& s = *piece.segment;
-    int width = strip.vectors * W;
+#if defined(BLOCK_FLOAT)
+    if (s.across && piece.shares) {
+        count = std::min(count, BESIDE);
+        pack_integers_across(piece, p.N, strips, count, panel, apart);
+        return count;
+    }
+#endif
+    int width = strips->vectors * W;
     Panel* own = panel + piece.panel * width;
     const Keep* keep = p.masked == right ? p.keep : nullptr;
-#if defined(BLOCK_FLOAT)
-    if (s.across && piece.shares)
-        return pack_integers_across(s, strip.n0, p.N, width, piece.begin, piece.end, piece.integers,
-                                    own);
-#endif
     if (s.across)
-        pack_across(s, strip.n0, p.N, width, piece.begin, piece.end, keep, own);
+        pack_across(s, strips->n0, p.N, width, piece.begin, piece.end, keep, own);
     else
-        pack_along(s, strip.n0, p.N, width, piece.begin, piece.end,
+        pack_along(s, strips->n0, p.N, width, piece.begin, piece.end,
                    piece.shares ? &piece.integers : nullptr, own, room);
+    return 1;
 }
 
 // The pieces that come next: at most DEPTH deep. Moves `segment` and `at` behind them.
 inline int take(const Product& p, int& segment, int64_t& at, Piece* pieces, int most) {
     int count = 0;
     int64_t depth = 0, used = 0, wide = 0;
-    while (segment < p.count && depth < DEPTH && count < most) {
+    while (segment < p.count && (depth < DEPTH || !p.segments[segment].k) && count < most) {
         const Segment& s = p.segments[segment];
         bool shares = shares_exponents(p, s);
         int64_t end = std::min(s.k, at + DEPTH - depth);
@@ -666,7 +682,11 @@ inline int64_t largest_panel(const Product& p, int most) {
 }
 
 // So many rows at a time at most, which bounds what integers of them take.
+#if defined(BLOCK_FLOAT)
 constexpr int64_t TALL_PART = 1024;
+#else
+constexpr int64_t TALL_PART = INT64_MAX / 2;
+#endif
 
 inline void part(const Product& p, Range rows, Range columns) {
     static thread_local Room<Panel> panels;
@@ -704,15 +724,17 @@ inline void part(const Product& p, Range rows, Range columns) {
             // The pieces of an only pass serve all strips.
             if (passes || !count) {
                 count = take(p, segment, at, pieces, MOST);
-                lefts.make(pieces, count, rows);
+                lefts.make(p, pieces, count, MOST, rows);
             }
             for (int64_t begin = 0; begin < held; begin += group) {
                 int64_t end = std::min(held, begin + group);
-                for (int64_t i = begin; i < end; ++i)
-                    for (int j = 0; j < count; ++j)
-                        if (pieces[j].segment->begin < rows.end &&
-                            pieces[j].segment->end > rows.begin)
-                            pack(p, pieces[j], strips[i], panel + (i - begin) * size, room);
+                for (int j = 0; j < count; ++j) {
+                    const Segment& s = *pieces[j].segment;
+                    if (s.begin >= rows.end || s.end <= rows.begin) continue;
+                    for (int64_t i = begin; i < end;)
+                        i += pack(p, pieces[j], strips + i, end - i, panel + (i - begin) * size,
+                                  size, room);
+                }
                 for (int64_t row = rows.begin, next; row < rows.end; row = next) {
                     next = border(p, row, std::min(rows.end, row + BLOCK));
                     for (int64_t i = begin; i < end; ++i) {

@@ -10,10 +10,13 @@
 // order: x is arranged once per call as the codes come out (`prepared`). The table is scaled per
 // block: as bf16 where the processor multiplies pairs of them, the values that dequantizing gives,
 // else as float. Scaling the sum of a block instead would cost an addition per block for every row
-// of x. Int8 codes are exact in bf16, and their scale is the row's: it is applied to the sum.
+// of x. With AVX2, whose lookups are in bytes, the table holds integers of 16 bits, x becomes
+// integers that share exponents (block_float.h), and sums of 64 products are exact. Int8 codes are
+// exact in bf16, and their scale is the row's: it is applied to the sum.
 //
 // A code4 weight whose rows are not whole blocks of 64 is unpacked in pieces that stay in the L1
 // cache (stored.h), and then multiplied as a dense one is.
+#include "block_float.h"
 #include "parallel.h"
 #include "room.h"
 #include "stored.h"
@@ -51,71 +54,6 @@ INLINE vf weights(const int8_t* p) { return whole_numbers(p); }
 INLINE Input input(bf16 x) { return to_float(x); }
 #endif
 constexpr int PLACES = CODES / LANES;  // codes in one word
-
-// The values of up to two blocks' codes. Bits of an index above its code are ignored; where a
-// register holds two blocks of 64, an index's bit 4 says which.
-struct Values {
-#if defined(DOT_BF16)
-    __m512i table;
-    INLINE Values(const vf (&code)[16 / W], vf first, vf second)
-        : table((__m512i)_mm512_cvtne2ps_pbh((__m512)(code[0] * second),
-                                             (__m512)(code[0] * first))) {}
-    INLINE vf at(__m512i words, int place) const {
-        __m512i which = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
-        __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4 * place),
-                                                  _mm512_set1_epi16(15), which, 0xea);
-        return (vf)_mm512_permutexvar_epi16(index, table);
-    }
-#elif defined(__AVX512F__)
-    vf first, second;
-    INLINE Values(const vf (&code)[1], vf a, vf b) : first(code[0] * a), second(code[0] * b) {}
-    INLINE vf at(__m512i words, int place) const {
-        __m512i which = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(16), 1);
-        __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi32(words, 4 * place),
-                                                  _mm512_set1_epi32(15), which, 0xea);
-        return (vf)_mm512_permutex2var_ps((__m512)first, index, (__m512)second);
-    }
-#elif defined(__AVX2__)
-    vf low, high;
-    INLINE Values(const vf (&code)[2], vf a, vf) : low(code[0] * a), high(code[1] * a) {}
-    INLINE vf at(__m256i words, int place) const {
-        __m256i index = _mm256_srli_epi32(words, 4 * place);
-        return (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps((__m256)low, index),
-                                    _mm256_permutevar8x32_ps((__m256)high, index),
-                                    (__m256)_mm256_slli_epi32(words, 28 - 4 * place));
-    }
-#else
-    float table[16];
-    INLINE Values(const vf (&code)[16 / W], vf a, vf) {
-        for (int i = 0; i < 16 / W; ++i) store(table + i * W, code[i] * a);
-    }
-    INLINE vf at(vu words, int place) const {
-        vf out;
-        for (int i = 0; i < W; ++i) out[i] = table[(words[i] >> (4 * place)) & 15];
-        return out;
-    }
-#endif
-};
-
-#if defined(__AVX512F__)
-using Words = __m512i;
-INLINE Words words_at(const uint8_t* p) { return _mm512_loadu_si512(p); }
-INLINE Words half_words_at(const uint8_t* p) {
-    return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
-}
-#elif defined(__AVX2__)
-using Words = __m256i;
-INLINE Words words_at(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-INLINE Words half_words_at(const uint8_t* p) { return words_at(p); }
-#else
-using Words = vu;
-INLINE Words words_at(const uint8_t* p) {
-    vu words;
-    memcpy(&words, p, sizeof words);
-    return words;
-}
-INLINE Words half_words_at(const uint8_t* p) { return words_at(p); }
-#endif
 
 // Whether codes can be looked up in registers: rows are whole blocks of 64, or of whole registers.
 bool by_words(const Stored& w) {
@@ -158,6 +96,15 @@ struct Rest {
     int64_t ldadd;
     bf16* y;
     int64_t ldy;
+
+    // The same for rows of x from `first` on.
+    Rest from(int64_t first) const {
+        Rest other = *this;
+        if (z) other.z = z + first * ldz;
+        if (add) other.add = add + first * ldadd;
+        other.y = y + first * ldy;
+        return other;
+    }
 
     template <int T>
     INLINE void finish(int64_t row, vf (&part)[T]) const {
@@ -215,6 +162,59 @@ struct Bytes {
         return spread(table + scales[block]) * spread(nested + (block >> 8)) + offset;
     }
 };
+
+#if !defined(BLOCK_FLOAT)
+// The values of up to two blocks' codes. Bits of an index above its code are ignored; where a
+// register holds two blocks of 64, an index's bit 4 says which.
+struct Values {
+#if defined(DOT_BF16)
+    __m512i table;
+    INLINE Values(const vf (&code)[16 / W], vf first, vf second)
+        : table((__m512i)_mm512_cvtne2ps_pbh((__m512)(code[0] * second),
+                                             (__m512)(code[0] * first))) {}
+    INLINE vf at(__m512i words, int place) const {
+        __m512i which = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+        __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4 * place),
+                                                  _mm512_set1_epi16(15), which, 0xea);
+        return (vf)_mm512_permutexvar_epi16(index, table);
+    }
+#elif defined(__AVX512F__)
+    vf first, second;
+    INLINE Values(const vf (&code)[1], vf a, vf b) : first(code[0] * a), second(code[0] * b) {}
+    INLINE vf at(__m512i words, int place) const {
+        __m512i which = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(16), 1);
+        __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi32(words, 4 * place),
+                                                  _mm512_set1_epi32(15), which, 0xea);
+        return (vf)_mm512_permutex2var_ps((__m512)first, index, (__m512)second);
+    }
+#else
+    float table[16];
+    INLINE Values(const vf (&code)[16 / W], vf a, vf) {
+        for (int i = 0; i < 16 / W; ++i) store(table + i * W, code[i] * a);
+    }
+    INLINE vf at(vu words, int place) const {
+        vf out;
+        for (int i = 0; i < W; ++i) out[i] = table[(words[i] >> (4 * place)) & 15];
+        return out;
+    }
+#endif
+};
+
+#if defined(__AVX512F__)
+using Words = __m512i;
+INLINE Words words_at(const uint8_t* p) { return _mm512_loadu_si512(p); }
+INLINE Words half_words_at(const uint8_t* p) {
+    return _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+}
+#else
+using Words = vu;
+INLINE Words words_at(const uint8_t* p) {
+    vu words;
+    memcpy(&words, p, sizeof words);
+    return words;
+}
+INLINE Words half_words_at(const uint8_t* p) { return words_at(p); }
+#endif
 
 // Two rows of W at a time, which share what is loaded of x.
 template <int T>
@@ -278,6 +278,161 @@ void packed_rows(const Stored& w, Range rows, const Input* x, int64_t ld, const 
         if (other != row) sums.finish(1, other, rest);
     }
 }
+#else
+constexpr int64_t TOGETHER = 64;  // codes in a register of packed bytes, values of x in a block
+constexpr int X_BITS = 13, LARGEST_LEVEL = 16383;
+static_assert(8LL * 16320 * LARGEST_LEVEL < 1LL << 31, "a lane adds up eight products");
+
+// x in integers, in the order in which `Levels` gives the codes.
+struct Integral {
+    const int16_t* values;  // [rows, ld]
+    const float* units;     // [rows, blocks]
+    int64_t ld, blocks, rows;
+    bool rests;  // as many rows again are what these lose
+
+    // Of rows of x, whose columns are whole blocks.
+    static Integral of(const bf16* x, int64_t ldx, int64_t rows, int64_t columns,
+                       Room<int16_t>& values, Room<float>& units) {
+        const int64_t blocks = columns / TOGETHER;
+        int16_t* out = values.get(2 * rows * columns);
+        float* unit = units.get(2 * rows * blocks);
+        bool rests = false;
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t b = 0; b < blocks; ++b) {
+                const BlockOf<TOGETHER> block(x + row * ldx + b * TOGETHER, TOGETHER, X_BITS,
+                                              nullptr);
+                alignas(32) int16_t first[TOGETHER], rest[TOGETHER] = {};
+                block.integers(first);
+                const bool much = block.loses_more_than(ROW_LOSES);
+                if (much) block.rests(rest);
+                rests |= much;
+                int64_t at = row * blocks + b;
+                arrange(first, out + at * TOGETHER);
+                arrange(rest, out + (rows * blocks + at) * TOGETHER);
+                unit[at] = block.unit();
+                unit[rows * blocks + at] = much ? block.unit_of_rests() : 0.0f;
+            }
+        return {out, unit, columns, blocks, rows, rests};
+    }
+
+  private:
+    // Odd values come from low nibbles, even ones from high nibbles; bytes are widened in halves of
+    // 128 bits.
+    INLINE static void arrange(const int16_t* from, int16_t* to) {
+        for (int half = 0; half < 2; ++half)
+            for (int part = 0; part < 2; ++part)
+                for (int lane = 0; lane < 2; ++lane)
+                    for (int i = 0; i < 8; ++i)
+                        *to++ = from[2 * (16 * lane + 8 * part + i) + 1 - half];
+    }
+};
+
+// The sixteen values of codes as integers, and what these stand for.
+struct Levels {
+    __m256i low, high;  // bytes
+    float unit;
+    explicit Levels(const float* code) {
+        float largest = 0;
+        for (int i = 0; i < 16; ++i) largest = __builtin_fmaxf(largest, __builtin_fabsf(code[i]));
+        unit = largest / LARGEST_LEVEL;
+        alignas(16) uint8_t bytes[2][16];
+        for (int i = 0; i < 16; ++i) {
+            int level = static_cast<int>(__builtin_rintf(code[i] / unit));
+            bytes[0][i] = static_cast<uint8_t>(level);
+            bytes[1][i] = static_cast<uint8_t>(level >> 8);
+        }
+        low = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)bytes[0]));
+        high = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)bytes[1]));
+    }
+    INLINE void at(const uint8_t* packed, __m256i (&out)[4]) const {
+        const __m256i words = halves(packed), nibble = _mm256_set1_epi8(15);
+        for (int half = 0; half < 2; ++half) {
+            __m256i index = _mm256_and_si256(half ? _mm256_srli_epi16(words, 4) : words, nibble);
+            __m256i a = _mm256_shuffle_epi8(low, index), b = _mm256_shuffle_epi8(high, index);
+            out[2 * half] = _mm256_unpacklo_epi8(a, b);
+            out[2 * half + 1] = _mm256_unpackhi_epi8(a, b);
+        }
+    }
+};
+
+// T rows of x from `first` on, and with TWICE their rests.
+template <int T, bool TWICE, class Scales>
+void integer_rows(const Stored& w, Range rows, const Integral& x, int64_t first, const Rest& rest) {
+    constexpr int ALL = TWICE ? 2 * T : T;
+    const Scales scales(w);
+    const Levels levels(w.code);
+    const int64_t blocks = w.cols / w.block_size, steps = w.block_size / TOGETHER;
+    const int16_t* values[ALL];
+    const float* units[ALL];
+    for (int t = 0; t < ALL; ++t) {
+        int64_t own = first + (t < T ? t : x.rows + t - T);
+        values[t] = x.values + own * x.ld;
+        units[t] = x.units + own * x.blocks;
+    }
+    // The two rows lie half of the thread's rows apart: two streams, each without gaps.
+    int64_t half = (rows.end - rows.begin + 1) / 2;
+    for (int64_t row = rows.begin; row < rows.begin + half; ++row) {
+        const int64_t both[2] = {row, row + half < rows.end ? row + half : row};
+        const uint8_t* packed[2];
+        for (int r = 0; r < 2; ++r)
+            packed[r] = static_cast<const uint8_t*>(w.data) + both[r] * w.cols / 2;
+        vf sums[2][ALL] = {};
+        for (int64_t b = 0, at = 0; b < blocks; ++b) {
+            const vf scale[2] = {scales.at(both[0] * blocks + b), scales.at(both[1] * blocks + b)};
+            // At least once: said so, the only step of blocks of 64 costs no loop.
+            int64_t end = at + steps;
+            do {
+#pragma GCC unroll 2
+                for (int r = 0; r < 2; ++r) {
+                    __builtin_prefetch(packed[r] + AHEAD);
+                    __m256i level[4];
+                    levels.at(packed[r], level);
+                    packed[r] += TOGETHER / 2;
+#pragma GCC unroll 8
+                    for (int t = 0; t < ALL; ++t) {
+                        __m256i sum = _mm256_setzero_si256();
+                        for (int i = 0; i < 4; ++i) {
+                            __m256i own = halves(values[t] + at * TOGETHER + 16 * i);
+                            __m256i product = _mm256_madd_epi16(level[i], own);
+                            sum = i ? _mm256_add_epi32(sum, product) : product;
+                        }
+                        sums[r][t] += (vf)_mm256_cvtepi32_ps(sum) * (scale[r] * units[t][at]);
+                    }
+                }
+            } while (++at < end);
+        }
+        for (int r = 0; r < (both[1] == row ? 1 : 2); ++r) {
+            vf part[T];
+            for (int t = 0; t < T; ++t) {
+                part[t] = sums[r][t];
+                if constexpr (TWICE) part[t] += sums[r][T + t];
+                part[t] *= levels.unit;
+            }
+            rest.finish<T>(both[r], part);
+        }
+    }
+}
+
+template <int T, bool TWICE>
+void some_integer_rows(const Stored& w, Range rows, const Integral& x, int64_t first,
+                       const Rest& rest) {
+    w.nested ? integer_rows<T, TWICE, Bytes>(w, rows, x, first, rest)
+             : integer_rows<T, TWICE, Floats>(w, rows, x, first, rest);
+}
+
+// All rows of x. Rests double what there is to multiply, so these go four at a time.
+void integer_rows(const Stored& w, Range rows, const Integral& x, const Rest& rest) {
+    using Body = void (*)(const Stored&, Range, const Integral&, int64_t, const Rest&);
+    static constexpr Body once[] = {some_integer_rows<1, false>, some_integer_rows<2, false>,
+                                    some_integer_rows<3, false>, some_integer_rows<4, false>};
+    static constexpr Body twice[] = {some_integer_rows<1, true>, some_integer_rows<2, true>,
+                                     some_integer_rows<3, true>, some_integer_rows<4, true>};
+    for (int64_t first = 0; first < x.rows; first += 4) {
+        int64_t count = x.rows - first < 4 ? x.rows - first : 4;
+        (x.rests ? twice : once)[count - 1](w, rows, x, first, rest.from(first));
+    }
+}
+#endif
 
 // Several chains of additions for each row of x, as far as there are registers for them.
 template <int T>
@@ -342,12 +497,12 @@ void plain_rows(const Stored& w, Range rows, const Input* x, int64_t ld, const R
 
 template <int T>
 void some_rows(const Stored& w, Range rows, const Input* x, int64_t ld, const Rest& rest) {
-    if (by_words(w) && w.nested)
-        packed_rows<T, Bytes>(w, rows, x, ld, rest);
-    else if (by_words(w))
-        packed_rows<T, Floats>(w, rows, x, ld, rest);
-    else
-        plain_rows<T>(w, rows, x, ld, rest);
+#if !defined(BLOCK_FLOAT)
+    if (by_words(w))
+        return w.nested ? packed_rows<T, Bytes>(w, rows, x, ld, rest)
+                        : packed_rows<T, Floats>(w, rows, x, ld, rest);
+#endif
+    plain_rows<T>(w, rows, x, ld, rest);
 }
 
 // One more cache line than padded rows take: whole pages apart they would share a few places of
@@ -370,11 +525,22 @@ EXPORT(gemv)(const Stored* w, const bf16* x, int64_t ldx, int64_t rows, const bf
     static constexpr Body bodies[] = {some_rows<1>, some_rows<2>, some_rows<3>, some_rows<4>,
                                       some_rows<5>, some_rows<6>, some_rows<7>, some_rows<8>};
     static thread_local Room<Input> room, low;
-    int64_t ld = distance(w->cols);
-    const Input* from = prepared(room, x, ldx, rows, w->cols, ld, by_words(*w));
     Rest rest{bias, nullptr, distance(rank), z ? rank : 0, B, ldb, add, ldadd, y, ldy};
     if (z) rest.z = prepared(low, z, ldz, rows, rank, rest.ldz, false);
     int team = w->rows * w->cols < SERIAL ? 1 : threads;
+#if defined(BLOCK_FLOAT)
+    if (by_words(*w)) {
+        static thread_local Room<int16_t> values;
+        static thread_local Room<float> units;
+        const Integral integral = Integral::of(x, ldx, rows, w->cols, values, units);
+        decal::for_each_thread(team, [&](int thread, int of) {
+            integer_rows(*w, decal::share(w->rows, thread, of), integral, rest);
+        });
+        return;
+    }
+#endif
+    int64_t ld = distance(w->cols);
+    const Input* from = prepared(room, x, ldx, rows, w->cols, ld, by_words(*w));
     decal::for_each_thread(team, [&](int thread, int of) {
         bodies[rows - 1](*w, decal::share(w->rows, thread, of), from, ld, rest);
     });
