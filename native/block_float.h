@@ -35,12 +35,13 @@ namespace NAMESPACE {
 
 constexpr int64_t SHARED = 128;  // values that share an exponent
 
-// Rows of the left operand, from `first` of C on: `ld` integers each, their rests `to_rests` values
-// on, and for each of their `blocks` the scales of a block.
+// Rows of the left operand, from `first` of C on: `ld` integers each, for each of their `blocks`
+// the scales of a block, and the bf16 that they were made of, `lda` apart, for the few rests.
 struct Integers {
     const int16_t* values;
     const float* scales;
-    int64_t ld, blocks, to_rests, first;
+    const bf16* a;
+    int64_t ld, lda, blocks, first;
     const uint8_t* losing;  // blocks in which some row loses too much; null if there are none
 };
 
@@ -139,16 +140,14 @@ struct BlockOf {
 
 using Block = BlockOf<SHARED>;
 
-// A row of k values as integers and rests, with zeros up to whole blocks; `losing` is told where it
-// loses too much.
-inline void left_row(const bf16* x, int64_t k, int16_t* out, int16_t* rests, float* scales,
-                     uint8_t* losing) {
+// A row of k values as integers, with zeros up to whole blocks; `losing` is told where it loses too
+// much.
+inline void left_row(const bf16* x, int64_t k, int16_t* out, float* scales, uint8_t* losing) {
     alignas(32) bf16 edge[SHARED];
     for (int64_t at = 0, b = 0; at < k; at += SHARED, ++b, scales += SCALES) {
         const Block block(x + at, k - at < SHARED ? k - at : SHARED, BITS, edge);
         const bool much = block.loses_more_than(ROW_LOSES);
         block.integers(out + at);
-        block.rests(rests + at);
         scales[unit] = block.unit();
         scales[rest_unit] = block.unit_of_rests();
         scales[loses] = much ? 1.0f : 0.0f;
@@ -354,10 +353,16 @@ void multiply_integers(const Integers& left, int64_t row, int count, int64_t dep
         if (_mm256_movemask_ps((__m256)(any > 0.0f))) {
             round_of_block<ROWS, V>(values, n, pairs + strip_to_rests, units,
                                     strip + rest_unit * width, c, false, row_loses, column_loses);
-            for (int i = 0; i < ROWS; ++i) values[i] += left.to_rests;
-            round_of_block<ROWS, V>(values, n, pairs, rest_units, strip + unit * width, c, false,
+            alignas(32) int16_t rests[ROWS][SHARED];
+            alignas(32) bf16 edge[SHARED];
+            const int16_t* at[ROWS];
+            for (int i = 0; i < ROWS; ++i) {
+                int64_t own = row - left.first + (i < count ? i : count - 1);
+                Block(left.a + own * left.lda + k, n, BITS, edge).rests(rests[i]);
+                at[i] = rests[i];
+            }
+            round_of_block<ROWS, V>(at, n, pairs, rest_units, strip + unit * width, c, false,
                                     row_loses, column_loses);
-            for (int i = 0; i < ROWS; ++i) values[i] -= left.to_rests;
         }
         for (int i = 0; i < ROWS; ++i) values[i] += SHARED;
     }

@@ -402,7 +402,7 @@ struct Lefts {
         int64_t in_pass = std::min<int64_t>(p.count, most);
         int64_t blocks_needed = std::min(shared, DEPTH) / SHARED + in_pass;
         int64_t width = blocks_needed * SHARED + in_pass * BETWEEN_ROWS;
-        int16_t* at = values.get(2 * height * width);
+        int16_t* at = values.get(height * width);
         float* scale = scales.get(SCALES * height * blocks_needed);
         uint8_t* some = losing.get(blocks_needed);
         memset(some, 0, blocks_needed);
@@ -411,15 +411,14 @@ struct Lefts {
             const Segment& s = *pieces[i].segment;
             int64_t depth = pieces[i].end - pieces[i].begin, blocks = blocks_of(depth);
             int64_t ld = distance(pieces[i]), first = std::max(rows.begin, s.begin);
-            for (int64_t row = first; row < std::min(rows.end, s.end); ++row) {
-                int16_t* own = at + (row - first) * ld;
-                left_row(s.a + (row - s.begin) * s.lda + pieces[i].begin, depth, own,
-                         own + height * ld, scale + (row - first) * blocks * SCALES, some);
-            }
+            const bf16* a = s.a + (first - s.begin) * s.lda + pieces[i].begin;
+            for (int64_t row = 0; row < std::min(rows.end, s.end) - first; ++row)
+                left_row(a + row * s.lda, depth, at + row * ld, scale + row * blocks * SCALES,
+                         some);
             bool any = false;
             for (int64_t b = 0; b < blocks; ++b) any |= some[b] != 0;
-            pieces[i].integers = {at, scale, ld, blocks, height * ld, first, any ? some : nullptr};
-            at += 2 * height * ld;
+            pieces[i].integers = {at, scale, a, ld, s.lda, blocks, first, any ? some : nullptr};
+            at += height * ld;
             scale += SCALES * height * blocks;
             some += blocks;
         }
