@@ -13,6 +13,7 @@ import time
 import torch
 
 from decal.kernels import native
+from decal.kernels.precision import multiplies_bf16
 
 
 class Peak:
@@ -23,7 +24,9 @@ class Peak:
     """
 
     def __init__(self, seconds: float = 0.15) -> None:
-        self.what = f"native loop, {native.isa()}" if native.isa() else "torch bf16 2048^3"
+        self._dtype = torch.bfloat16 if multiplies_bf16() else torch.float32
+        torchs = "bf16" if multiplies_bf16() else "float32"
+        self.what = f"native loop, {native.isa()}" if native.isa() else f"torch {torchs} 2048^3"
         self._rounds = 1000
         while self._timed()[0] < seconds / 5:
             self._rounds *= 2
@@ -37,7 +40,7 @@ class Peak:
         kernel = native.kernel("peak")
         threads = native.threads()
         if kernel is None:
-            a = torch.full((2048, 2048), 0.5, dtype=torch.bfloat16)
+            a = torch.full((2048, 2048), 0.5, dtype=self._dtype)
             times = max(1, self._rounds // 64_000)
             begun = time.perf_counter()
             for _ in range(times):

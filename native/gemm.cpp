@@ -680,12 +680,19 @@ inline int64_t largest_panel(const Product& p, int most) {
     return needed;
 }
 
-// So many rows at a time at most, which bounds what integers of them take.
+// In how many parts a thread's rows go, each with panels of its own: more than one only where
+// integers of them would take more than MOST_INTEGERS.
+inline int64_t parts_of([[maybe_unused]] const Product& p, [[maybe_unused]] int64_t rows) {
 #if defined(BLOCK_FLOAT)
-constexpr int64_t TALL_PART = 1024;
+    constexpr int64_t MOST_INTEGERS = 1 << 21;
+    int64_t shared = 0;
+    for (int i = 0; i < p.count; ++i)
+        if (shares_exponents(p, p.segments[i])) shared += p.segments[i].k;
+    return (rows * std::min(shared, DEPTH) + MOST_INTEGERS - 1) / MOST_INTEGERS;
 #else
-constexpr int64_t TALL_PART = INT64_MAX / 2;
+    return 1;
 #endif
+}
 
 inline void part(const Product& p, Range rows, Range columns) {
     static thread_local Room<Panel> panels;
@@ -785,8 +792,12 @@ EXPORT(gemm)(const NAMESPACE::Product* given, int threads) {
         grid(p.M, p.N, of, tall_, wide);
         Range rows = decal::share(p.M, thread / wide, tall_);
         Range columns = decal::share(p.N, thread % wide, wide, W);
-        if (columns.begin == columns.end) return;
-        for (int64_t begin = rows.begin; begin < rows.end; begin += TALL_PART)
-            part(p, {begin, std::min(begin + TALL_PART, rows.end)}, columns);
+        if (rows.begin == rows.end || columns.begin == columns.end) return;
+        int64_t parts = std::max<int64_t>(1, parts_of(p, rows.end - rows.begin));
+        for (int64_t i = 0; i < parts; ++i) {
+            int64_t height = (rows.end - rows.begin + parts - 1) / parts;
+            int64_t begin = rows.begin + i * height;
+            if (begin < rows.end) part(p, {begin, std::min(begin + height, rows.end)}, columns);
+        }
     });
 }
