@@ -1,8 +1,9 @@
 """The yardstick: operations a second of the processor's best matrix loop, as it is at this moment.
 
 `native/peak.cpp` keeps one block of a product in registers with its operands in L1, in the
-instruction set that decal uses. Without decal's library it is torch's bf16 product of 2048 x 2048
-matrices, which is lower than what the processor can do.
+instruction set that decal uses. Without decal's library it is torch's product of 2048 x 2048
+matrices, which is lower than what the processor can do: in bf16, or in float32 where the processor
+multiplies no bf16.
 """
 
 from __future__ import annotations
