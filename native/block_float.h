@@ -1,29 +1,32 @@
 // Products of bf16 by integers, for processors that multiply no bf16: block floating point.
 //
-// 128 values that follow each other along the contraction become integers of 16 bits that share an
+// 64 values that follow each other along the contraction become integers of 16 bits that share an
 // exponent. `vpmaddwd` multiplies sixteen pairs of them and adds them two by two, where a fused
 // multiply-add of floats does eight, and a block's sum in 32 bits is exact:
 //
 //     value = integer * unit + rest * unit of the rest,  units powers of two;
-//     |integer| <= 4080,  4080 * 4080 * 128 < 2^31
+//     |integer| <= 16320 in rows of the left, 2040 in columns of the right;
+//     16320 * 2040 * 64 < 2^31
 //
-// A bf16 has 8 significant bits. So the rest is nothing for what is less than 2^4 times smaller
-// than the largest of its block, and at most half a unit, 2^-12 of the largest, for any other
-// value. In most blocks rests are worth less than a tenth of what rounding y to bf16 is, and are
-// left out. Not where a few values dwarf the others, as it happens in activations, or where the
-// features of x differ in size and the columns of W make up for it: small values would lose digits
-// that matter. So where the block of the row or that of the column loses more than a small share of
-// its small values, their rests are multiplied as well:
+// A bf16 has 8 significant bits. So on the left, where activations and gradients are, the rest is
+// nothing for what is less than 2^6 times smaller than the largest of its block, on the right,
+// where weights are, 2^3 times; and at most half a unit for any other value. In most blocks rests
+// are worth less than a tenth of what rounding y to bf16 is, and are left out. Not where a few
+// values dwarf the others, as it happens in activations, or where the features of x differ in size
+// and the columns of W make up for it: small values would lose digits that matter. So where the
+// block of the row or that of the column loses more than a small share of its small values, their
+// rests are multiplied as well:
 //
 //     y = integer integer                               all pairs of a row's and a column's block
 //       + rest integer + integer rest                   pairs of which one loses too much
 //
 // Which pairs depends on the two alone, so no row's result depends on others. Short of that share
-// the error of a row may be up to three times what rounding makes it; for values of one size, or
-// with outliers, it is a few percent more.
+// the error of a row may be up to ten times what rounding makes it, where a part of the features is
+// 16 times larger than the others or more, and its weights as much smaller; for values of one size,
+// or with outliers, it is a few percent more.
 //
 // Blocks are summed in float, in their order. A block with NaN or infinity is NaN; one whose
-// largest magnitude is below 2^-114 is zero. Weights beyond 2^100 may overflow.
+// largest magnitude is below 2^-113 is zero. Weights beyond 2^100 may overflow.
 #pragma once
 #include "vec.h"
 
@@ -33,7 +36,7 @@
 
 namespace NAMESPACE {
 
-constexpr int64_t SHARED = 128;  // values that share an exponent
+constexpr int64_t SHARED = 64;  // values that share an exponent
 
 // Rows of the left operand, from `first` of C on: `ld` integers each, for each of their `blocks`
 // the scales of a block, and the bf16 that they were made of, `lda` apart, for the few rests.
@@ -51,12 +54,15 @@ enum Scale { unit = 0, rest_unit = 1, loses = 2, SCALES = 3 };
 #if defined(BLOCK_FLOAT)
 namespace {
 
-constexpr int BITS = 11;              // of the largest, below its leading bit
-constexpr int64_t AHEAD_OF_L1 = 512;  // floats: 2 KB from L2
-// The share that a block may lose of its values, the largest half of the range left out and the
-// rest cut at a sixteenth: of a row 1 / 256, which one block in a hundred of what SwiGLU makes
-// reaches; of a column 1 / 700, which normal and quantized weights never reach.
-constexpr float ROW_LOSES = 1.0f / 256, COLUMN_LOSES = 1.0f / 700;
+constexpr int LEFT_BITS = 13, RIGHT_BITS = 10;  // of the largest, below its leading bit
+constexpr int64_t AHEAD_OF_L1 = 512;            // floats: 2 KB from L2
+// A block loses too much if that is more than a share of its values, the upper half of the range
+// left out and the rest cut at a sixteenth; or a fifth of a unit each, as where nearly all of them
+// are less than a hundredth of the largest. In a trained model one block of what SwiGLU makes in a
+// hundred does, of other activations, gradients and weights one in a thousand, and a sixth of a
+// loss's gradients.
+constexpr float SHARE = 1.0f / 256, EACH = 0.2f;
+
 INLINE constexpr float rests_in_unit(int bits) { return static_cast<float>(2 << bits); }
 
 // What values are multiplied with, and what their integers stand for, by the bits of the largest
@@ -65,7 +71,7 @@ struct Exponents {
     vf factor, unit;
     INLINE Exponents(vu largest, int bits) {
         vu exponent = largest >> 7;
-        vi kept = exponent > 12u, number = exponent < 255u;  // units are above 2^-126
+        vi kept = exponent > 13u, number = exponent < 255u;  // units are above 2^-126
         factor = (vf)(((uint32_t)(254 + bits) - exponent) << 23 & (vu)(kept & number));
         unit = (vf)(((exponent - (uint32_t)bits) << 23 & (vu)kept) | (0x7fc00000u & ~(vu)number));
     }
@@ -103,15 +109,16 @@ struct BlockOf {
     INLINE void rests(int16_t* out) const {
         for (int i = 0; i < N; i += 16) put(out + i, rest_at(i), rest_at(i + 8));
     }
-    INLINE bool loses_more_than(float share) const {
-        const float small = static_cast<float>(1 << (bits - 4)), half = 8 * small;
+    INLINE bool loses_too_much() const {
+        const float little = static_cast<float>(1 << (bits - 4)), half = 8 * little;
         vf lost{}, kept{};
         for (int i = 0; i < N; i += 8) {
             vf value = scaled(i), size = magnitude(value);
             lost += magnitude(value - nearest(value));
-            kept += (vf)((vi)min(size, splat(small)) & (size < half));
+            kept += (vf)((vi)min(size, splat(little)) & (size < half));
         }
-        return sum(lost) > share * sum(kept);
+        const float all = sum(lost);
+        return all > SHARE * sum(kept) || all > EACH * N;
     }
 
   private:
@@ -145,8 +152,8 @@ using Block = BlockOf<SHARED>;
 inline void left_row(const bf16* x, int64_t k, int16_t* out, float* scales, uint8_t* losing) {
     alignas(32) bf16 edge[SHARED];
     for (int64_t at = 0, b = 0; at < k; at += SHARED, ++b, scales += SCALES) {
-        const Block block(x + at, k - at < SHARED ? k - at : SHARED, BITS, edge);
-        const bool much = block.loses_more_than(ROW_LOSES);
+        const Block block(x + at, k - at < SHARED ? k - at : SHARED, LEFT_BITS, edge);
+        const bool much = block.loses_too_much();
         block.integers(out + at);
         scales[unit] = block.unit();
         scales[rest_unit] = block.unit_of_rests();
@@ -207,8 +214,8 @@ inline void strip_along(int width, int64_t depth, const bf16* const* rows, const
         const int64_t n = depth - k < SHARED ? depth - k : SHARED;
         Packed to(strip, width, depth, left, k / SHARED);
         for (int j = 0; j < width; ++j) {
-            const Block block(rows[j] + k, n, BITS, edge);
-            const bool much = block.loses_more_than(COLUMN_LOSES);
+            const Block block(rows[j] + k, n, RIGHT_BITS, edge);
+            const bool much = block.loses_too_much();
             block.integers(room + j * SHARED);
             to.scales(unit)[j] = block.unit();
             to.scales(rest_unit)[j] = block.unit_of_rests();
@@ -216,7 +223,7 @@ inline void strip_along(int width, int64_t depth, const bf16* const* rows, const
             to.needed |= much;
         }
         for (int j = 0; to.needed && j < width; ++j)
-            Block(rows[j] + k, n, BITS, edge).rests(rests + j * SHARED);
+            Block(rows[j] + k, n, RIGHT_BITS, edge).rests(rests + j * SHARED);
         for (int j = 0; j < width; j += 8)
             for (int64_t i = 0; i < (n + 1) / 2; i += 8) {
                 float* pairs = to.pairs() + i * width + j;
@@ -239,11 +246,11 @@ inline void block_across(int64_t n, const bf16* rows, int64_t ld, Packed to) {
         pair = _mm256_blend_epi16(whole(first), pair, 0xaa);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), pair);
     };
-    constexpr float RESTS = rests_in_unit(BITS), SMALL_ONES = 1 << (BITS - 4);
+    constexpr float RESTS = rests_in_unit(RIGHT_BITS), LITTLE = 1 << (RIGHT_BITS - 4);
     vf factors[2];
     for (int j = 0; j < to.width; j += 8) {
         const __m128i eight = _mm_load_si128(reinterpret_cast<const __m128i*>(largest + j));
-        const Exponents e((vu)_mm256_cvtepu16_epi32(eight), BITS);
+        const Exponents e((vu)_mm256_cvtepu16_epi32(eight), RIGHT_BITS);
         factors[j / 8] = e.factor;
         store(to.scales(unit) + j, e.unit);
         store(to.scales(rest_unit) + j, e.unit / RESTS);
@@ -251,7 +258,7 @@ inline void block_across(int64_t n, const bf16* rows, int64_t ld, Packed to) {
         auto look = [&](vf x) INLINE_LAMBDA {
             vf size = magnitude(x);
             lost += magnitude(x - nearest(x));
-            kept += (vf)((vi)min(size, splat(SMALL_ONES)) & (size < 8 * SMALL_ONES));
+            kept += (vf)((vi)min(size, splat(LITTLE)) & (size < 8 * LITTLE));
         };
         for (int64_t k = 0; k < n; k += 2) {
             const bf16* two = rows + k * ld + j;
@@ -260,7 +267,7 @@ inline void block_across(int64_t n, const bf16* rows, int64_t ld, Packed to) {
             look(first);
             look(second);
         }
-        const vi much = lost > COLUMN_LOSES * kept;
+        const vi much = (lost > SHARE * kept) | (lost > EACH * SHARED);
         store(to.scales(loses) + j, (vf)((vi)splat(1.0f) & much));
         to.needed |= _mm256_movemask_ps((__m256)much) != 0;
     }
@@ -358,7 +365,7 @@ void multiply_integers(const Integers& left, int64_t row, int count, int64_t dep
             const int16_t* at[ROWS];
             for (int i = 0; i < ROWS; ++i) {
                 int64_t own = row - left.first + (i < count ? i : count - 1);
-                Block(left.a + own * left.lda + k, n, BITS, edge).rests(rests[i]);
+                Block(left.a + own * left.lda + k, n, LEFT_BITS, edge).rests(rests[i]);
                 at[i] = rests[i];
             }
             round_of_block<ROWS, V>(at, n, pairs, rest_units, strip + unit * width, c, false,

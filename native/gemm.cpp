@@ -372,7 +372,7 @@ INLINE int64_t panel_depth(int64_t k) { return STEP == 2 ? (k + 31) / 32 * 32 / 
 // must not depend on how many there are.
 INLINE bool shares_exponents([[maybe_unused]] const Product& p, [[maybe_unused]] const Segment& s) {
 #if defined(BLOCK_FLOAT)
-    return p.output == rounded && p.masked <= after_leading && p.N >= 64 && s.k >= SHARED;
+    return p.output == rounded && p.masked <= after_leading && p.N >= 64 && s.k >= 128;
 #else
     return false;
 #endif

@@ -280,7 +280,7 @@ void packed_rows(const Stored& w, Range rows, const Input* x, int64_t ld, const 
 }
 #else
 constexpr int64_t TOGETHER = 64;  // codes in a register of packed bytes, values of x in a block
-constexpr int X_BITS = 13, LARGEST_LEVEL = 16383;
+constexpr int LARGEST_LEVEL = 16383;
 static_assert(8LL * 16320 * LARGEST_LEVEL < 1LL << 31, "a lane adds up eight products");
 
 // x in integers, in the order in which `Levels` gives the codes.
@@ -299,11 +299,11 @@ struct Integral {
         bool rests = false;
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t b = 0; b < blocks; ++b) {
-                const BlockOf<TOGETHER> block(x + row * ldx + b * TOGETHER, TOGETHER, X_BITS,
+                const BlockOf<TOGETHER> block(x + row * ldx + b * TOGETHER, TOGETHER, LEFT_BITS,
                                               nullptr);
                 alignas(32) int16_t first[TOGETHER], rest[TOGETHER] = {};
                 block.integers(first);
-                const bool much = block.loses_more_than(ROW_LOSES);
+                const bool much = block.loses_too_much();
                 if (much) block.rests(rest);
                 rests |= much;
                 int64_t at = row * blocks + b;
