@@ -90,47 +90,53 @@ INLINE __m256i whole(vf x) { return _mm256_cvtps_epi32((__m256)x); }
 INLINE vf nearest(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
-// N values that follow each other, read as often as it takes.
-template <int N>
-struct BlockOf {
+// What scaled values lose as integers, lane by lane, and what that is held against.
+struct Losses {
+    vf lost{}, kept{};
+    INLINE void add(vf value, int bits) {
+        const float little = static_cast<float>(1 << (bits - 4));
+        vf size = magnitude(value);
+        lost += magnitude(value - nearest(value));
+        kept += (vf)((vi)min(size, splat(little)) & (size < 8 * little));
+    }
+};
+
+// SHARED values that follow each other, read as often as it takes.
+struct Block {
     const bf16* x;
     int bits;
     Exponents e;
 
-    // The first n values of `from`, and zeros, by way of `edge` where there are fewer than N.
-    INLINE BlockOf(const bf16* from, int64_t n, int given, bf16* edge)
+    // The first n values of `from`, and zeros, by way of `edge` where there are fewer than SHARED.
+    INLINE Block(const bf16* from, int64_t n, int given, bf16* edge)
         : x(filled(from, n, edge)), bits(given), e(largest() - vu{}, given) {}
 
     INLINE float unit() const { return e.unit[0]; }
     INLINE float unit_of_rests() const { return e.unit[0] / rests_in_unit(bits); }
     INLINE void integers(int16_t* out) const {
-        for (int i = 0; i < N; i += 16) put(out + i, scaled(i), scaled(i + 8));
+        for (int i = 0; i < SHARED; i += 16) put(out + i, scaled(i), scaled(i + 8));
     }
     INLINE void rests(int16_t* out) const {
-        for (int i = 0; i < N; i += 16) put(out + i, rest_at(i), rest_at(i + 8));
+        for (int i = 0; i < SHARED; i += 16) put(out + i, rest_at(i), rest_at(i + 8));
     }
     INLINE bool loses_too_much() const {
-        const float little = static_cast<float>(1 << (bits - 4)), half = 8 * little;
-        vf lost{}, kept{};
-        for (int i = 0; i < N; i += 8) {
-            vf value = scaled(i), size = magnitude(value);
-            lost += magnitude(value - nearest(value));
-            kept += (vf)((vi)min(size, splat(little)) & (size < half));
-        }
-        const float all = sum(lost);
-        return all > SHARE * sum(kept) || all > EACH * N;
+        Losses losses;
+        for (int i = 0; i < SHARED; i += 8) losses.add(scaled(i), bits);
+        const float all = sum(losses.lost);
+        return all > SHARE * sum(losses.kept) || all > EACH * SHARED;
     }
 
   private:
     INLINE static const bf16* filled(const bf16* from, int64_t n, bf16* edge) {
-        if (n == N) return from;
-        memset(edge, 0, N * sizeof(bf16));
+        if (n == SHARED) return from;
+        memset(edge, 0, SHARED * sizeof(bf16));
         memcpy(edge, from, n * sizeof(bf16));
         return edge;
     }
     INLINE uint32_t largest() const {
         __m256i most = magnitudes(halves(x));
-        for (int i = 16; i < N; i += 16) most = _mm256_max_epu16(most, magnitudes(halves(x + i)));
+        for (int i = 16; i < SHARED; i += 16)
+            most = _mm256_max_epu16(most, magnitudes(halves(x + i)));
         return largest_half(most);
     }
     INLINE vf scaled(int i) const { return load(x + i) * e.factor; }
@@ -144,8 +150,6 @@ struct BlockOf {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), both);
     }
 };
-
-using Block = BlockOf<SHARED>;
 
 // A row of k values as integers, with zeros up to whole blocks; `losing` is told where it loses too
 // much.
@@ -246,7 +250,7 @@ inline void block_across(int64_t n, const bf16* rows, int64_t ld, Packed to) {
         pair = _mm256_blend_epi16(whole(first), pair, 0xaa);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), pair);
     };
-    constexpr float RESTS = rests_in_unit(RIGHT_BITS), LITTLE = 1 << (RIGHT_BITS - 4);
+    constexpr float RESTS = rests_in_unit(RIGHT_BITS);
     vf factors[2];
     for (int j = 0; j < to.width; j += 8) {
         const __m128i eight = _mm_load_si128(reinterpret_cast<const __m128i*>(largest + j));
@@ -254,20 +258,15 @@ inline void block_across(int64_t n, const bf16* rows, int64_t ld, Packed to) {
         factors[j / 8] = e.factor;
         store(to.scales(unit) + j, e.unit);
         store(to.scales(rest_unit) + j, e.unit / RESTS);
-        vf lost{}, kept{};
-        auto look = [&](vf x) INLINE_LAMBDA {
-            vf size = magnitude(x);
-            lost += magnitude(x - nearest(x));
-            kept += (vf)((vi)min(size, splat(LITTLE)) & (size < 8 * LITTLE));
-        };
+        Losses losses;
         for (int64_t k = 0; k < n; k += 2) {
             const bf16* two = rows + k * ld + j;
             vf first = load(two) * e.factor, second = load(two + ld) * e.factor;
             put(to.pairs() + k / 2 * to.width + j, first, second);
-            look(first);
-            look(second);
+            losses.add(first, RIGHT_BITS);
+            losses.add(second, RIGHT_BITS);
         }
-        const vi much = (lost > SHARE * kept) | (lost > EACH * SHARED);
+        const vi much = (losses.lost > SHARE * losses.kept) | (losses.lost > EACH * SHARED);
         store(to.scales(loses) + j, (vf)((vi)splat(1.0f) & much));
         to.needed |= _mm256_movemask_ps((__m256)much) != 0;
     }

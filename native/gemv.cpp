@@ -279,7 +279,7 @@ void packed_rows(const Stored& w, Range rows, const Input* x, int64_t ld, const 
     }
 }
 #else
-constexpr int64_t TOGETHER = 64;  // codes in a register of packed bytes, values of x in a block
+static_assert(SHARED == 2 * 4 * W, "a block of x meets the codes of one register of packed bytes");
 constexpr int LARGEST_LEVEL = 16383;
 static_assert(8LL * 16320 * LARGEST_LEVEL < 1LL << 31, "a lane adds up eight products");
 
@@ -293,22 +293,21 @@ struct Integral {
     // Of rows of x, whose columns are whole blocks.
     static Integral of(const bf16* x, int64_t ldx, int64_t rows, int64_t columns,
                        Room<int16_t>& values, Room<float>& units) {
-        const int64_t blocks = columns / TOGETHER;
+        const int64_t blocks = columns / SHARED;
         int16_t* out = values.get(2 * rows * columns);
         float* unit = units.get(2 * rows * blocks);
         bool rests = false;
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t b = 0; b < blocks; ++b) {
-                const BlockOf<TOGETHER> block(x + row * ldx + b * TOGETHER, TOGETHER, LEFT_BITS,
-                                              nullptr);
-                alignas(32) int16_t first[TOGETHER], rest[TOGETHER] = {};
+                const Block block(x + row * ldx + b * SHARED, SHARED, LEFT_BITS, nullptr);
+                alignas(32) int16_t first[SHARED], rest[SHARED] = {};
                 block.integers(first);
                 const bool much = block.loses_too_much();
                 if (much) block.rests(rest);
                 rests |= much;
                 int64_t at = row * blocks + b;
-                arrange(first, out + at * TOGETHER);
-                arrange(rest, out + (rows * blocks + at) * TOGETHER);
+                arrange(first, out + at * SHARED);
+                arrange(rest, out + (rows * blocks + at) * SHARED);
                 unit[at] = block.unit();
                 unit[rows * blocks + at] = much ? block.unit_of_rests() : 0.0f;
             }
@@ -361,7 +360,7 @@ void integer_rows(const Stored& w, Range rows, const Integral& x, int64_t first,
     constexpr int ALL = TWICE ? 2 * T : T;
     const Scales scales(w);
     const Levels levels(w.code);
-    const int64_t blocks = w.cols / w.block_size, steps = w.block_size / TOGETHER;
+    const int64_t blocks = w.cols / w.block_size, steps = w.block_size / SHARED;
     const int16_t* values[ALL];
     const float* units[ALL];
     for (int t = 0; t < ALL; ++t) {
@@ -387,12 +386,12 @@ void integer_rows(const Stored& w, Range rows, const Integral& x, int64_t first,
                     __builtin_prefetch(packed[r] + AHEAD);
                     __m256i level[4];
                     levels.at(packed[r], level);
-                    packed[r] += TOGETHER / 2;
+                    packed[r] += SHARED / 2;
 #pragma GCC unroll 8
                     for (int t = 0; t < ALL; ++t) {
                         __m256i sum = _mm256_setzero_si256();
                         for (int i = 0; i < 4; ++i) {
-                            __m256i own = halves(values[t] + at * TOGETHER + 16 * i);
+                            __m256i own = halves(values[t] + at * SHARED + 16 * i);
                             __m256i product = _mm256_madd_epi16(level[i], own);
                             sum = i ? _mm256_add_epi32(sum, product) : product;
                         }
