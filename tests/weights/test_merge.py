@@ -366,11 +366,12 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
 
 
 KILLED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from decal.store.base import open_base
 from decal.weights.changes import Changes
 from decal.weights.merge import merge_files
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
 def observe(done, total):
     if done > total / 3:
         print("half", flush=True)
