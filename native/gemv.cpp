@@ -142,13 +142,15 @@ INLINE vf spread(const float* p) {
     return out;
 }
 
-// The scale of a block in all lanes. One addition and one product per block are cheaper than a pass
-// over the scales before, and than gathers.
+// The scale of a block in all lanes, for one who goes through the blocks in order.
 struct Floats {
     const float* scales;
     INLINE explicit Floats(const Stored& w) : scales(static_cast<const float*>(w.scales)) {}
     INLINE vf at(int64_t block) const { return spread(scales + block); }
 };
+// With AVX-512 what the 256 bytes stand for is worked out once for the 256 blocks that share a
+// scale of scales: 7 to 20 % of the time. With AVX2 an addition and a product per block take 8 %
+// less.
 struct Bytes {
     const uint8_t* scales;
     const float *table, *nested;
@@ -158,9 +160,22 @@ struct Bytes {
           table(w.table),
           nested(w.nested),
           offset(splat(w.offset)) {}
+#if defined(__AVX512F__)
+    int64_t group = -1;
+    alignas(64) float held[256];
+    INLINE vf at(int64_t block) {
+        if (block >> 8 != group) {
+            group = block >> 8;
+            vf factor = spread(nested + group);
+            for (int i = 0; i < 256; i += W) store(held + i, load(table + i) * factor + offset);
+        }
+        return spread(held + scales[block]);
+    }
+#else
     INLINE vf at(int64_t block) const {
         return spread(table + scales[block]) * spread(nested + (block >> 8)) + offset;
     }
+#endif
 };
 
 #if !defined(BLOCK_FLOAT)
@@ -249,7 +264,7 @@ struct Pair {
 
 template <int T, class Scales>
 void packed_rows(const Stored& w, Range rows, const Input* x, int64_t ld, const Rest& rest) {
-    const Scales scales(w);
+    Scales scales[2] = {Scales(w), Scales(w)};
     const int64_t blocks = w.cols / w.block_size;
     // Blocks of 64 come two to a register of 128 codes; larger ones fill it.
     const int64_t second = w.block_size == 64 && CODES == 128 ? 1 : 0;
@@ -267,13 +282,13 @@ void packed_rows(const Stored& w, Range rows, const Input* x, int64_t ld, const 
             __builtin_prefetch(p + i / 2 + AHEAD);
             __builtin_prefetch(q + i / 2 + AHEAD);
             sums.add(x + i, ld, {words_at(p + i / 2), words_at(q + i / 2)},
-                     {{code, scales.at(a), scales.at(a + second)},
-                      {code, scales.at(b), scales.at(b + second)}});
+                     {{code, scales[0].at(a), scales[0].at(a + second)},
+                      {code, scales[1].at(b), scales[1].at(b + second)}});
             for (inside += CODES; inside >= w.block_size; inside -= w.block_size) ++a, ++b;
         }
         if (i < w.cols)
             sums.add(x + i, ld, {half_words_at(p + i / 2), half_words_at(q + i / 2)},
-                     {{code, scales.at(a), vf{}}, {code, scales.at(b), vf{}}});
+                     {{code, scales[0].at(a), vf{}}, {code, scales[1].at(b), vf{}}});
         sums.finish(0, row, rest);
         if (other != row) sums.finish(1, other, rest);
     }
@@ -358,7 +373,7 @@ struct Levels {
 template <int T, bool TWICE, class Scales>
 void integer_rows(const Stored& w, Range rows, const Integral& x, int64_t first, const Rest& rest) {
     constexpr int ALL = TWICE ? 2 * T : T;
-    const Scales scales(w);
+    Scales scales[2] = {Scales(w), Scales(w)};
     const Levels levels(w.code);
     const int64_t blocks = w.cols / w.block_size, steps = w.block_size / SHARED;
     const int16_t* values[ALL];
@@ -377,7 +392,8 @@ void integer_rows(const Stored& w, Range rows, const Integral& x, int64_t first,
             packed[r] = static_cast<const uint8_t*>(w.data) + both[r] * w.cols / 2;
         vf sums[2][ALL] = {};
         for (int64_t b = 0, at = 0; b < blocks; ++b) {
-            const vf scale[2] = {scales.at(both[0] * blocks + b), scales.at(both[1] * blocks + b)};
+            const vf scale[2] = {scales[0].at(both[0] * blocks + b),
+                                 scales[1].at(both[1] * blocks + b)};
             // At least once: said so, the only step of blocks of 64 costs no loop.
             int64_t end = at + steps;
             do {

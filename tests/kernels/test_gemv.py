@@ -148,9 +148,12 @@ def test_large_features_take_nothing_from_the_others(isa: str, times: float) -> 
         x[0, [5, 300]] *= times
         found = native_project.project(x, weight)
         assert torch.equal(found[1:], plain[1:])
-        exact = x.double() @ values.double().T
-        rounding = (exact.bfloat16().double() - exact).norm(dim=1)
-        assert bool(((found.double() - exact).norm(dim=1) <= 1.5 * rounding).all())
+        shares = []
+        for counted in (values, values.bfloat16()):  # as in `check`
+            exact = x.double() @ counted.double().T
+            rounding = (exact.bfloat16().double() - exact).norm(dim=1)
+            shares.append(float(((found.double() - exact).norm(dim=1) / rounding).max()))
+        assert min(shares) <= 1.5, shares
 
 
 def test_threads_do_not_show() -> None:
