@@ -69,6 +69,9 @@ struct Product {
 };
 
 constexpr int64_t DEPTH = 2048;
+// Gradients of factors have so few rows that a panel is hardly used again: it stays in L1.
+constexpr int64_t SHALLOW = 256;
+INLINE int64_t depth_of_pass(const Product& p) { return p.output == rounded ? DEPTH : SHALLOW; }
 #if DECAL_W == 16
 constexpr int WIDEST = 4;
 #else
@@ -200,9 +203,8 @@ inline void pack_across(const Segment& s, int64_t n0, int64_t N, int width, int6
         Panel* out = panel + (k - k0) / STEP * width;
         for (int j = 0; j < width; j += W) {
 #if defined(DOT_BF16)
-            vu first = __builtin_convertvector(*reinterpret_cast<const vh*>(rows[0] + j), vu);
-            vu second = __builtin_convertvector(*reinterpret_cast<const vh*>(rows[1] + j), vu);
-            *reinterpret_cast<vu*>(out + j) = first | (second << 16);
+            vu first = (vu)load(rows[0] + j) >> 16;
+            *reinterpret_cast<vu*>(out + j) = first | (vu)load(rows[1] + j);
 #else
             store(out + j, load(rows[0] + j));
 #endif
@@ -649,10 +651,11 @@ inline int64_t pack(const Product& p, const Piece& piece, const Strip* strips,
 inline int take(const Product& p, int& segment, int64_t& at, Piece* pieces, int most) {
     int count = 0;
     int64_t depth = 0, used = 0, wide = 0;
-    while (segment < p.count && (depth < DEPTH || !p.segments[segment].k) && count < most) {
+    const int64_t deepest = depth_of_pass(p);
+    while (segment < p.count && (depth < deepest || !p.segments[segment].k) && count < most) {
         const Segment& s = p.segments[segment];
         bool shares = shares_exponents(p, s);
-        int64_t end = std::min(s.k, at + DEPTH - depth);
+        int64_t end = std::min(s.k, at + deepest - depth);
         // Blocks are not cut.
         if (shares && end < s.k && (end = end / SHARED * SHARED) <= at) break;
         pieces[count++] = {&s, at, end, used, wide, shares, {}};
@@ -674,7 +677,7 @@ inline int64_t largest_panel(const Product& p, int most) {
     for (int i = 0; i < p.count; ++i)
         (shares_exponents(p, p.segments[i]) ? shared : plain) += p.segments[i].k;
     int64_t pieces = std::min(p.count, most);
-    int64_t needed = panel_depth(std::min(plain, DEPTH)) + 16 * (pieces + 1);
+    int64_t needed = panel_depth(std::min(plain, depth_of_pass(p))) + 16 * (pieces + 1);
     // Every piece may end inside a block.
     if (shared) needed += panel_depth(std::min(shared, DEPTH) + pieces * SHARED, true);
     return needed;
@@ -704,7 +707,7 @@ inline void part(const Product& p, Range rows, Range columns) {
     Piece pieces[MOST];
     int64_t deep = 0;
     for (int i = 0; i < p.count; ++i) deep += p.segments[i].k;
-    bool passes = deep > DEPTH || p.count > MOST;
+    bool passes = deep > depth_of_pass(p) || p.count > MOST;
     int64_t height = rows.end - rows.begin;
     int64_t size = largest_panel(p, MOST) * WIDTH;
     constexpr int64_t STRIPS = 64;

@@ -53,12 +53,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def switched_off() -> bool:
+    """Whether DECAL_ISA asks for no compiled kernels."""
+    return os.environ.get("DECAL_ISA") == "off"
+
+
 @cache
 def _library() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and why it is not used."""
     given = os.environ.get("DECAL_NATIVE")
     path = Path(given) if given else LIBRARY
-    if os.environ.get("DECAL_ISA") == "off":
+    if switched_off():
         return None, "switched off by DECAL_ISA"
     if not path.is_file():
         if given:

@@ -10,7 +10,6 @@ meant, `problem` makes the run worthless or impossible.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -84,8 +83,7 @@ def before(found: Inputs) -> list[Finding]:
 
 def machine() -> list[Finding]:
     """What will make every step slow; nothing where all is as it should be."""
-    asked_for = os.environ.get("DECAL_ISA") == "off"
-    if asked_for or native.available() or torch.cuda.is_available():
+    if native.switched_off() or native.available() or torch.cuda.is_available():
         return []
     text = f"no compiled kernels for this processor: {native.why()}"
     hint = "steps take several times as long in plain torch; with a C++ compiler, install again"
