@@ -526,37 +526,84 @@ int64_t distance(int64_t columns) {
     return (columns + STEP - 1) / STEP * STEP + 64 / static_cast<int64_t>(sizeof(Input));
 }
 
+// x [rows, w.cols] and y [rows, w.rows] in bf16, with distances between rows; rows from 1 to 8.
+// bias [w.rows], z [rows, rank] with B [w.rows, rank], and add [rows, w.rows] may be null.
+struct Call {
+    const Stored* w;
+    const bf16* x;
+    int64_t ldx, rows;
+    const bf16* bias;
+    const bf16* z;
+    int64_t ldz, rank;
+    const bf16* B;
+    int64_t ldb;
+    const bf16* add;
+    int64_t ldadd;
+    bf16* y;
+    int64_t ldy;
+};
+
+void run(const Call& c, int threads) {
+    using Body = void (*)(const Stored&, Range, const Input*, int64_t, const Rest&);
+    static constexpr Body bodies[] = {some_rows<1>, some_rows<2>, some_rows<3>, some_rows<4>,
+                                      some_rows<5>, some_rows<6>, some_rows<7>, some_rows<8>};
+    static thread_local Room<Input> room, low;
+    const Stored& w = *c.w;
+    Rest rest{c.bias, nullptr, distance(c.rank), c.z ? c.rank : 0, c.B, c.ldb, c.add, c.ldadd,
+              c.y,    c.ldy};
+    if (c.z) rest.z = prepared(low, c.z, c.ldz, c.rows, c.rank, rest.ldz, false);
+    int team = w.rows * w.cols < SERIAL ? 1 : threads;
+#if defined(BLOCK_FLOAT)
+    if (by_words(w)) {
+        static thread_local Room<int16_t> values;
+        static thread_local Room<float> units;
+        const Integral integral = Integral::of(c.x, c.ldx, c.rows, w.cols, values, units);
+        decal::for_each_thread(team, [&](int thread, int of) {
+            integer_rows(w, decal::share(w.rows, thread, of), integral, rest);
+        });
+        return;
+    }
+#endif
+    int64_t ld = distance(w.cols);
+    const Input* from = prepared(room, c.x, c.ldx, c.rows, w.cols, ld, by_words(w));
+    decal::for_each_thread(team, [&](int thread, int of) {
+        bodies[c.rows - 1](w, decal::share(w.rows, thread, of), from, ld, rest);
+    });
+}
+
+// to[i] = scale * from[i]
+void round_all(const float* from, int64_t n, float scale, bf16* to, int threads) {
+    decal::for_each_thread(n < SERIAL ? 1 : threads, [&](int thread, int of) {
+        Range own = decal::share(n, thread, of, W);
+        int64_t i = own.begin;
+        for (; i + W <= own.end; i += W) store(to + i, load(from + i) * scale);
+        if (i < own.end) store_part(to + i, load_part(from + i, own.end - i) * scale, own.end - i);
+    });
+}
+
 }  // namespace
 }  // namespace NAMESPACE
 
 using namespace NAMESPACE;
 
-// x [rows, w.cols] and y [rows, w.rows] in bf16, with distances between rows; rows from 1 to 8.
-// bias [w.rows], z [rows, rank] with B [w.rows, rank], and add [rows, w.rows] may be null.
 EXPORT(gemv)(const Stored* w, const bf16* x, int64_t ldx, int64_t rows, const bf16* bias,
              const bf16* z, int64_t ldz, int64_t rank, const bf16* B, int64_t ldb, const bf16* add,
              int64_t ldadd, bf16* y, int64_t ldy, int threads) {
-    using Body = void (*)(const Stored&, Range, const Input*, int64_t, const Rest&);
-    static constexpr Body bodies[] = {some_rows<1>, some_rows<2>, some_rows<3>, some_rows<4>,
-                                      some_rows<5>, some_rows<6>, some_rows<7>, some_rows<8>};
-    static thread_local Room<Input> room, low;
-    Rest rest{bias, nullptr, distance(rank), z ? rank : 0, B, ldb, add, ldadd, y, ldy};
-    if (z) rest.z = prepared(low, z, ldz, rows, rank, rest.ldz, false);
-    int team = w->rows * w->cols < SERIAL ? 1 : threads;
-#if defined(BLOCK_FLOAT)
-    if (by_words(*w)) {
-        static thread_local Room<int16_t> values;
-        static thread_local Room<float> units;
-        const Integral integral = Integral::of(x, ldx, rows, w->cols, values, units);
-        decal::for_each_thread(team, [&](int thread, int of) {
-            integer_rows(*w, decal::share(w->rows, thread, of), integral, rest);
-        });
-        return;
-    }
-#endif
-    int64_t ld = distance(w->cols);
-    const Input* from = prepared(room, x, ldx, rows, w->cols, ld, by_words(*w));
-    decal::for_each_thread(team, [&](int thread, int of) {
-        bodies[rows - 1](*w, decal::share(w->rows, thread, of), from, ld, rest);
-    });
+    run({w, x, ldx, rows, bias, z, ldz, rank, B, ldb, add, ldadd, y, ldy}, threads);
+}
+
+// y = x W^T + bias + z (scale B)^T with z = x A^T, for the float masters A [rank, w.cols] and
+// B [w.rows, rank]: in one call what else are two, and two casts.
+EXPORT(gemv_adapted)(const Stored* w, const bf16* x, int64_t ldx, int64_t rows, const bf16* bias,
+                     const float* A, const float* B, int64_t rank, float scale, bf16* y,
+                     int64_t ldy, int threads) {
+    static thread_local Room<bf16> factors;
+    const int64_t of_a = rank * w->cols, of_b = rank * w->rows;
+    bf16* a = factors.get(of_a + of_b + rows * rank);
+    bf16 *b = a + of_a, *z = b + of_b;
+    round_all(A, of_a, 1.0f, a, threads);
+    round_all(B, of_b, scale, b, threads);
+    const Stored first{dense, 0, rank, w->cols, w->cols, a, nullptr, nullptr, nullptr, nullptr, 0};
+    run({&first, x, ldx, rows, nullptr, nullptr, 0, 0, nullptr, 0, nullptr, 0, z, rank}, threads);
+    run({w, x, ldx, rows, bias, z, rank, rank, b, rank, nullptr, 0, y, ldy}, threads);
 }

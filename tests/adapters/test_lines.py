@@ -82,6 +82,27 @@ def test_one_product_is_the_two_apart(kind: str, factor: float, key: DropoutKey 
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["bias", "nf4"])
+@pytest.mark.parametrize("rows", [1, 3, ROWS])
+def test_without_gradients_it_is_the_same_product(kind: str, rows: int) -> None:
+    """In bf16 to its rounding, in float64 to 1e-9. Fails when B is not scaled, the factor of the
+    pass is left out, or a segment of some rows acts on all of them."""
+    torch.manual_seed(0)
+    one, x = layer(kind, 5, p=0.0).eval(), torch.randn(rows, IN, dtype=torch.float64)
+    fine = [Routing((("a", 0.5),))]
+    if rows > 1:
+        fine.append(Routing(segments=(("a", rows - 1), (None, 1))))
+    for routing in fine:
+        with routed(routing):
+            wanted = one(x.requires_grad_()).detach()
+            with torch.no_grad():
+                torch.testing.assert_close(one(x), wanted, rtol=1e-9, atol=1e-12)
+                half = one.bfloat16()(x.bfloat16()).double()
+        one.double()
+        error = (half - wanted).norm() / wanted.norm()
+        assert error < 2e-2, error
+
+
 def test_it_is_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exactly where base and adapter are plain. Fails when the quick way is never taken, or is
     taken past a hook, a trained base or a second adapter."""

@@ -125,6 +125,44 @@ def test_what_is_added_is_rounded_with_the_sum(isa: str, rank: int) -> None:
                 check(x, weight, values, more)
 
 
+@pytest.mark.parametrize("rank", [1, 5, 16, 33])
+def test_an_adapter_in_one_call_is_the_same_to_the_bit(isa: str, rank: int) -> None:
+    """Fails when a factor is not scaled, not rounded, or read from where another one lies; when z
+    is not rounded; or when the bias is added to z as well."""
+    for recipe in (None, RECIPES[0], RECIPES[2], RECIPES[-1]):
+        for rows, columns in ((7, 128), (33, 576), (5, 63), (400, 640)):
+            dense = (torch.randn(rows, columns) * 0.02).bfloat16()
+            weight = Stored("dense", (rows, columns), dense)
+            if recipe is not None:
+                weight, _ = stored(dense, recipe)
+            A, B = torch.randn(rank, columns), torch.randn(rows, rank)
+            for count in (1, 3, 8):
+                x, bias = torch.randn(count, columns).bfloat16(), torch.randn(rows).bfloat16()
+                z = native_project.into_rank(x, A.bfloat16())
+                low = [Low(z, (B * 0.7).bfloat16())]
+                apart = native_project.project(x, weight, bias, low)
+                found = native_gemv.project_adapted(x, weight, bias, A, B, 0.7)
+                assert torch.equal(found, apart)
+
+
+def test_an_adapter_in_one_call_takes_only_what_it_can_read(isa: str) -> None:
+    """Fails when the number of rows, a shape, a dtype or a gap is not looked at."""
+    weight = Stored("dense", (5, 8), torch.randn(5, 8).bfloat16())
+    x, A, B = torch.randn(2, 8).bfloat16(), torch.randn(3, 8), torch.randn(5, 3)
+
+    def takes(x: torch.Tensor = x, A: torch.Tensor = A, B: torch.Tensor = B) -> bool:
+        return native_gemv.project_adapted(x, weight, None, A, B, 1.0) is not NotImplemented
+
+    assert takes()
+    assert not takes(x=torch.randn(9, 8).bfloat16())
+    assert not takes(x=torch.randn(2, 8))
+    assert not takes(x=torch.randn(2, 9).bfloat16())
+    assert not takes(A=A.bfloat16())
+    assert not takes(A=torch.randn(3, 9))
+    assert not takes(A=torch.randn(3, 9)[:, :8])
+    assert not takes(B=torch.randn(5, 4))
+
+
 def test_rows_times_a_dense_weight(isa: str) -> None:
     """Fails when a row of the weight or of x is taken to follow the one before without a gap."""
     for rows, columns in SHAPES:

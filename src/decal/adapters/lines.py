@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from decal.kernels import ops
+from decal.kernels.precision import scaled
 from decal.kernels.stored import Keep, Low, Stored
 
 
@@ -238,14 +239,7 @@ def _cast(segment: Segment, dtype: torch.dtype) -> Cast:
     """The adapters in `dtype`; scaled in the wider dtype of the two and rounded once."""
     found = [factors.A for factors in segment.factors if factors is not None]
     A = (torch.cat(found) if len(found) > 1 else found[0]).to(dtype)
-    return Cast(A, tuple(_scaled(factors, dtype) for factors in segment.factors))
-
-
-def _scaled(factors: Factors | None, dtype: torch.dtype) -> Tensor | None:
-    if factors is None:
-        return None
-    wide = factors.B.to(torch.promote_types(factors.B.dtype, dtype))
-    return (wide * factors.scale).to(dtype)
+    return Cast(A, tuple(f and scaled(f.B, f.scale, dtype) for f in segment.factors))
 
 
 class _One(torch.autograd.Function):
@@ -275,8 +269,19 @@ def apply(group: Group, x: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         y = _One.apply(rows, group, *group.factors)
     else:
-        (y,), _, _ = forward(group, rows)
+        y = _without_gradients(group, rows)
     return y.view(*x.shape[:-1], y.shape[-1])  # outside: models may add to it in place
+
+
+def _without_gradients(group: Group, x: Tensor) -> Tensor:
+    """x [T, K] through a group of one line; nothing is kept for backward."""
+    if len(group.segments) == 1 and group.keep is None:
+        (segment,), (line,) = group.segments, group.lines
+        (factors,) = segment.factors
+        if segment.size == x.shape[0] and factors is not None:
+            return ops.project_adapted(x, *line, *factors)
+    (y,), _, _ = forward(group, x)
+    return y
 
 
 def check_frozen(ctx: Any, *more: Group) -> None:

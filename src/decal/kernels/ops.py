@@ -20,6 +20,7 @@ from decal.kernels import (
     native_attention,
     native_dropout,
     native_elementwise,
+    native_gemv,
     native_project,
     native_quant,
     reference_attention,
@@ -68,6 +69,10 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
         "native": native_project.project,
         "torch fused": fused_project.project,
         "torch": reference_project.project,
+    },
+    "project_adapted": {
+        "native": native_gemv.project_adapted,
+        "torch": reference_project.project_adapted,
     },
     "project_back": {
         "native": native_project.project_back,
@@ -209,6 +214,13 @@ def project(
 ) -> Tensor:
     """x [T, K] -> x W^T + bias + z B^T + add, [T, N]; low: z [n, r], B [N, r]. No gradient."""
     return _run("project", x, weight, bias, low, add)
+
+
+def project_adapted(
+    x: Tensor, weight: Stored, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """x [T, K] -> x W^T + bias + (x A^T) (scale B)^T, [T, N], for masters A, B. No gradient."""
+    return _run("project_adapted", x, weight, bias, A, B, scale)
 
 
 def project_back(

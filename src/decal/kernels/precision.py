@@ -19,6 +19,11 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def scaled(B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * B in `dtype`, computed in the wider dtype of the two and rounded once."""
+    return (B.to(torch.promote_types(B.dtype, dtype)) * scale).to(dtype)
+
+
 def chunks(x: Tensor) -> Iterator[slice]:
     """The rows of x [T, F], some at a time: their float32 copies cost little then."""
     size = _CPU_CHUNK if x.device.type == "cpu" else _DEVICE_CHUNK

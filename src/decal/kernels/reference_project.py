@@ -9,7 +9,8 @@ layer with a low-rank adapter computes, with T rows x, a frozen W [N, K], factor
     project_back   dx = sum_i g_i W_i + keep . (dz A)         several layers may share x
     over_rows      dA = dz^T (keep . x),   dB = g^T z         summed in float32
 
-Nothing is scaled here: callers put the adapter's scaling and the 1 / (1 - p) of dropout into B and
+and what the first two are where nothing is dropped and nothing kept for backward, `project_adapted`.
+Nothing else is scaled here: callers put the adapter's scaling and the 1 / (1 - p) of dropout into B and
 dz. All of it is for use inside an autograd function; gradients do not flow through.
 
 This is also what runs where no compiled kernel does, so it is in place where it can be, and masks
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from decal.kernels.precision import scaled
 from decal.kernels.stored import NESTED_BLOCK_SIZE, Keep, Low, Stored, rows_at_once
 
 _LINEAR: Any = (
@@ -94,6 +96,26 @@ def project(
     for part in low:
         y[part.rows].addmm_(part.z, part.factor.t())
     return y if add is None else y.add_(add)
+
+
+def project_adapted(
+    x: Tensor, weight: Stored, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+) -> Tensor:
+    """y = x W^T + bias + z (scale B)^T with z = x A^T.
+
+    Args:
+        x: [T, K], floating.
+        weight: [N, K].
+        bias: [N].
+        A, B: [r, K] and [N, r], the masters; scaled in the wider dtype of the two and rounded once.
+
+    Returns:
+        A new [T, N] in x's dtype.
+    """
+    from decal.kernels import ops  # these have backends of their own
+
+    z = ops.into_rank(x, A.to(x.dtype))
+    return ops.project(x, weight, bias, [Low(z, scaled(B, scale, x.dtype))])
 
 
 def project_back(
