@@ -20,6 +20,10 @@
 //     y = integer integer                               all pairs of a row's and a column's block
 //       + rest integer + integer rest                   pairs of which one loses too much
 //
+// What is left out then are a rest times a rest, and what rests lose in their turn: nothing that
+// counts until a row's outliers and those of a column, in other places, are 500 times larger than
+// the rest of each, or one side's a million times.
+//
 // Which pairs depends on the two alone, so no row's result depends on others. Short of that share
 // the error of a row may be up to ten times what rounding makes it, where a part of the features is
 // 16 times larger than the others or more, and its weights as much smaller; for values of one size,
@@ -56,6 +60,8 @@ namespace {
 
 constexpr int LEFT_BITS = 13, RIGHT_BITS = 10;  // of the largest, below its leading bit
 constexpr int64_t AHEAD_OF_L1 = 512;            // floats: 2 KB from L2
+static_assert(SHARED * ((2LL << LEFT_BITS) - 1) * ((2LL << RIGHT_BITS) - 1) < 1LL << 31,
+              "a block of products is summed in 32 bits");
 // A block loses too much if that is more than a share of its values, the upper half of the range
 // left out and the rest cut at a sixteenth; or a fifth of a unit each, as where nearly all of them
 // are less than a hundredth of the largest. In a trained model one block of what SwiGLU makes in a
@@ -322,7 +328,10 @@ INLINE void round_of_block(const int16_t* const (&values)[ROWS], int64_t n, cons
             vf sum = (vf)_mm256_cvtepi32_ps(sums[i][v]) * load(columns + v * W);
             float* out = c + (i * V + v) * W;
             vf before = fresh ? vf{} : load(out), scale = splat(units[i]);
-            if (row_loses) scale *= max(splat(row_loses[i]), load(column_loses + v * W));
+            if (row_loses) {
+                scale *= max(splat(row_loses[i]), load(column_loses + v * W));
+                sum = (vf)((vi)sum & (scale != 0.0f));  // 0 times infinity is not 0
+            }
             store(out, before + sum * scale);
         }
 }

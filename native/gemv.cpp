@@ -11,8 +11,12 @@
 // block: as bf16 where the processor multiplies pairs of them, the values that dequantizing gives,
 // else as float. Scaling the sum of a block instead would cost an addition per block for every row
 // of x. With AVX2, whose lookups are in bytes, the table holds integers of 16 bits, x becomes
-// integers that share exponents (block_float.h), and sums of 64 products are exact. Int8 codes are
-// exact in bf16, and their scale is the row's: it is applied to the sum.
+// integers that share exponents (block_float.h), and the products that a lane adds up of a block
+// are summed exactly. Int8 codes are exact in bf16, and their scale is the row's: it is applied to
+// the sum.
+//
+// How many rows come together decides in how many chains a row is summed, as far as registers go:
+// in the last digits of float a row may depend on that, but never on what the others hold.
 //
 // A code4 weight whose rows are not whole blocks of 64 is unpacked in pieces that stay in the L1
 // cache (stored.h), and then multiplied as a dense one is.
@@ -30,7 +34,7 @@ using decal::Range;
 constexpr int64_t PIECE = 2048;      // values of a row that are unpacked at a time
 constexpr int64_t STEP = 128;        // rows of x are padded to a multiple
 constexpr int64_t SERIAL = 1 << 15;  // weights below which threads do not pay
-constexpr int64_t CODES = 8 * W;     // codes in one register of packed bytes
+constexpr int64_t PACKED = 8 * W;    // codes in one register of packed bytes
 constexpr int64_t AHEAD = 2048;      // bytes between a prefetch and its use
 
 #if defined(DOT_BF16)
@@ -53,7 +57,7 @@ INLINE vf weights(const bf16* p) { return load(p); }
 INLINE vf weights(const int8_t* p) { return whole_numbers(p); }
 INLINE Input input(bf16 x) { return to_float(x); }
 #endif
-constexpr int PLACES = CODES / LANES;  // codes in one word
+constexpr int PLACES = PACKED / LANES;  // codes in one word
 
 // Whether codes can be looked up in registers: rows are whole blocks of 64, or of whole registers.
 bool by_words(const Stored& w) {
@@ -62,7 +66,7 @@ bool by_words(const Stored& w) {
 }
 
 // The rows of x one after the other, `ld` values apart, zeros behind the last column; begins with a
-// cache line. `arranged`: among CODES values those of the same place in their words lie together.
+// cache line. `arranged`: among PACKED values those of the same place in their words lie together.
 const Input* prepared(Room<Input>& room, const bf16* x, int64_t ldx, int64_t rows, int64_t columns,
                       int64_t ld, bool arranged) {
     Input* first = room.get(rows * ld);
@@ -70,7 +74,7 @@ const Input* prepared(Room<Input>& room, const bf16* x, int64_t ldx, int64_t row
         const bf16* from = x + row * ldx;
         Input* out = first + row * ld;
         int64_t i = 0;
-        for (; arranged && i + CODES <= columns; i += CODES)
+        for (; arranged && i + PACKED <= columns; i += PACKED)
             for (int place = 0; place < PLACES; ++place)
                 for (int lane = 0; lane < LANES; ++lane)
                     out[i + place * LANES + lane] = input(from[i + lane * PLACES + (place ^ 1)]);
@@ -149,8 +153,7 @@ struct Floats {
     INLINE vf at(int64_t block) const { return spread(scales + block); }
 };
 // With AVX-512 what the 256 bytes stand for is worked out once for the 256 blocks that share a
-// scale of scales: 7 to 20 % of the time. With AVX2 an addition and a product per block take 8 %
-// less.
+// scale of scales, which saves 4 to 14 % of the time. With AVX2 that would take 8 % longer.
 struct Bytes {
     const uint8_t* scales;
     const float *table, *nested;
@@ -267,7 +270,7 @@ void packed_rows(const Stored& w, Range rows, const Input* x, int64_t ld, const 
     Scales scales[2] = {Scales(w), Scales(w)};
     const int64_t blocks = w.cols / w.block_size;
     // Blocks of 64 come two to a register of 128 codes; larger ones fill it.
-    const int64_t second = w.block_size == 64 && CODES == 128 ? 1 : 0;
+    const int64_t second = w.block_size == 64 && PACKED == 128 ? 1 : 0;
     vf code[16 / W];
     for (int i = 0; i < 16 / W; ++i) code[i] = load(w.code + i * W);
     // The two rows lie half of the thread's rows apart: two streams, each without gaps.
@@ -278,13 +281,13 @@ void packed_rows(const Stored& w, Range rows, const Input* x, int64_t ld, const 
         const uint8_t* q = static_cast<const uint8_t*>(w.data) + other * w.cols / 2;
         int64_t a = row * blocks, b = other * blocks, i = 0, inside = 0;
         Pair<T> sums;
-        for (; i + CODES <= w.cols; i += CODES) {
+        for (; i + PACKED <= w.cols; i += PACKED) {
             __builtin_prefetch(p + i / 2 + AHEAD);
             __builtin_prefetch(q + i / 2 + AHEAD);
             sums.add(x + i, ld, {words_at(p + i / 2), words_at(q + i / 2)},
                      {{code, scales[0].at(a), scales[0].at(a + second)},
                       {code, scales[1].at(b), scales[1].at(b + second)}});
-            for (inside += CODES; inside >= w.block_size; inside -= w.block_size) ++a, ++b;
+            for (inside += PACKED; inside >= w.block_size; inside -= w.block_size) ++a, ++b;
         }
         if (i < w.cols)
             sums.add(x + i, ld, {half_words_at(p + i / 2), half_words_at(q + i / 2)},
@@ -305,8 +308,9 @@ struct Integral {
     int64_t ld, blocks, rows;
     bool rests;  // as many rows again are what these lose
 
-    // Of rows of x, whose columns are whole blocks.
-    static Integral of(const bf16* x, int64_t ldx, int64_t rows, int64_t columns,
+    // Of rows of x, whose columns are whole blocks; they meet integers of this unit, which is taken
+    // into theirs, since sums of products of integers alone would be too large for some floats.
+    static Integral of(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, float other,
                        Room<int16_t>& values, Room<float>& units) {
         const int64_t blocks = columns / SHARED;
         int16_t* out = values.get(2 * rows * columns);
@@ -323,8 +327,8 @@ struct Integral {
                 int64_t at = row * blocks + b;
                 arrange(first, out + at * SHARED);
                 arrange(rest, out + (rows * blocks + at) * SHARED);
-                unit[at] = block.unit();
-                unit[rows * blocks + at] = much ? block.unit_of_rests() : 0.0f;
+                unit[at] = block.unit() * other;
+                unit[rows * blocks + at] = much ? block.unit_of_rests() * other : 0.0f;
             }
         return {out, unit, columns, blocks, rows, rests};
     }
@@ -421,7 +425,6 @@ void integer_rows(const Stored& w, Range rows, const Integral& x, int64_t first,
             for (int t = 0; t < T; ++t) {
                 part[t] = sums[r][t];
                 if constexpr (TWICE) part[t] += sums[r][T + t];
-                part[t] *= levels.unit;
             }
             rest.finish<T>(both[r], part);
         }
@@ -557,7 +560,8 @@ void run(const Call& c, int threads) {
     if (by_words(w)) {
         static thread_local Room<int16_t> values;
         static thread_local Room<float> units;
-        const Integral integral = Integral::of(c.x, c.ldx, c.rows, w.cols, values, units);
+        const float unit = Levels(w.code).unit;
+        const Integral integral = Integral::of(c.x, c.ldx, c.rows, w.cols, unit, values, units);
         decal::for_each_thread(team, [&](int thread, int of) {
             integer_rows(w, decal::share(w.rows, thread, of), integral, rest);
         });

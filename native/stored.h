@@ -1,11 +1,10 @@
 // A stored weight [rows, cols] and its rows as bf16: what kernels/stored.py calls `Stored`.
 //
 //     dense   bf16, `stride` values between rows
-//     code4   two 4-bit codes a byte, the first in the high nibble, rows one after the other
-//     without
-//             gaps; value = code[index] * scale of its block, in float, rounded once. Blocks run
-//             over the flattened weight. Scales are float, or bytes: table[byte] * nested[block /
-//             256] + offset (double quantization).
+//     code4   two 4-bit codes a byte, the first in the high nibble, rows without gaps between them;
+//             value = code[index] * scale of its block, in float, rounded once. Blocks run over the
+//             flattened weight. Scales are float, or bytes: table[byte] * nested[block / 256] +
+//             offset (double quantization).
 //     rows8   int8 and one float a row: value = code * scale / 127
 #pragma once
 #include "codes.h"

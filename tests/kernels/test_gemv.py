@@ -194,6 +194,15 @@ def test_large_features_take_nothing_from_the_others(isa: str, times: float) -> 
         assert min(shares) <= 1.5, shares
 
 
+def test_large_values_stay_finite(isa: str) -> None:
+    """Fails when sums of integers get their unit last: they are 2^14 times the result."""
+    weight, values = stored((torch.randn(64, 640) * 0.02).bfloat16(), RECIPES[0])
+    x = torch.zeros(2, 640).bfloat16()
+    x[:, 7] = 1e36
+    check(x, weight, values)
+    assert native_project.project(x, weight).isfinite().all()
+
+
 def test_threads_do_not_show() -> None:
     """Fails when two threads share the rows otherwise than one does."""
     weight, values = stored(torch.randn(257, 576), RECIPES[0])

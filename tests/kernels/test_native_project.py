@@ -204,6 +204,20 @@ def test_what_does_not_fit_is_left_to_torch(isa: str) -> None:
         ops.project(x[:, :64], weight)
 
 
+@pytest.mark.parametrize("beside", [1, 5, 8])
+def test_sums_begin_anew_where_they_do_alone(isa: str, beside: int) -> None:
+    """Of terms that nearly cancel, so that bf16 shows the last digits of float. Fails when a deep
+    contraction is cut elsewhere, in the middle of a pair, for the sake of an adapter of others."""
+    half = inside(1300, 72)
+    weight = torch.cat([half, (-half.double() + 1e-3 * torch.randn(1300, 72)).bfloat16()])
+    grad = inside(16, 1300).repeat(1, 2)
+    whole = Stored("dense", (2600, 72), weight)
+    own, other = Low(inside(8, 8), inside(8, 72), 0), Low(inside(8, beside), inside(beside, 72), 8)
+    found = native_project.project_back([(grad, whole)], [own, other])
+    alone = native_project.project_back([(grad[:8], whole)], [own])
+    assert torch.equal(found[:8], alone)
+
+
 @pytest.mark.parametrize("deep", [70, 2100])
 @pytest.mark.parametrize("T", [9, 64])
 def test_rows_of_several_adapters_are_those_of_each_alone(isa: str, deep: int, T: int) -> None:

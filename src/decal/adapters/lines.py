@@ -279,7 +279,8 @@ def _without_gradients(group: Group, x: Tensor) -> Tensor:
         (segment,), (line,) = group.segments, group.lines
         (factors,) = segment.factors
         if segment.size == x.shape[0] and factors is not None:
-            return ops.project_adapted(x, *line, *factors)
+            A, B, scale = factors
+            return ops.project_adapted(x, *line, A, B, scale)
     (y,), _, _ = forward(group, x)
     return y
 

@@ -71,12 +71,19 @@ def readable(weight: Stored) -> bool:
         return False
     if weight.format == "rows8":
         return weight.data.shape == weight.shape and weight.scales.shape == (rows,)
+    if not _floats(weight.code, 16):
+        return False
     blocks = -(-rows * cols // weight.block_size)
     held = weight.data.numel() == (rows * cols + 1) // 2 and weight.scales.numel() == blocks
     if weight.nested is None:
         return held and weight.scales.dtype == torch.float32
     groups = -(-blocks // NESTED_BLOCK_SIZE)
-    return held and weight.scales.dtype == torch.uint8 and weight.nested.numel() == groups
+    nested = _floats(weight.nested, groups) and _floats(weight.table, 256)
+    return held and weight.scales.dtype == torch.uint8 and nested
+
+
+def _floats(x: Tensor | None, count: int) -> bool:
+    return x is not None and x.dtype == torch.float32 and x.numel() == count
 
 
 def transposed(weight: Stored) -> bool:

@@ -9,9 +9,10 @@ layer with a low-rank adapter computes, with T rows x, a frozen W [N, K], factor
     project_back   dx = sum_i g_i W_i + keep . (dz A)         several layers may share x
     over_rows      dA = dz^T (keep . x),   dB = g^T z         summed in float32
 
-and what the first two are where nothing is dropped and nothing kept for backward, `project_adapted`.
-Nothing else is scaled here: callers put the adapter's scaling and the 1 / (1 - p) of dropout into B and
-dz. All of it is for use inside an autograd function; gradients do not flow through.
+and what the first two are where nothing is dropped and nothing kept for backward,
+`project_adapted`. Nothing else is scaled here: callers put the adapter's scaling and the
+1 / (1 - p) of dropout into B and dz. All of it is for use inside an autograd function; gradients do
+not flow through.
 
 This is also what runs where no compiled kernel does, so it is in place where it can be, and masks
 and float32 copies exist for a chunk of rows only.
