@@ -94,7 +94,6 @@ INLINE uint32_t largest_half(__m256i x) {
 INLINE __m256i whole(vf x) { return _mm256_cvtps_epi32((__m256)x); }
 
 INLINE vf nearest(vf x) { return (vf)_mm256_round_ps((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
-INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
 // What scaled values lose as integers, lane by lane, and what that is held against.
 struct Losses {

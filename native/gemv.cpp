@@ -301,50 +301,6 @@ static_assert(SHARED == 2 * 4 * W, "a block of x meets the codes of one register
 constexpr int LARGEST_LEVEL = 16383;
 static_assert(8LL * 16320 * LARGEST_LEVEL < 1LL << 31, "a lane adds up eight products");
 
-// x in integers, in the order in which `Levels` gives the codes.
-struct Integral {
-    const int16_t* values;  // [rows, ld]
-    const float* units;     // [rows, blocks]
-    int64_t ld, blocks, rows;
-    bool rests;  // as many rows again are what these lose
-
-    // Of rows of x, whose columns are whole blocks; they meet integers of this unit, which is taken
-    // into theirs, since sums of products of integers alone would be too large for some floats.
-    static Integral of(const bf16* x, int64_t ldx, int64_t rows, int64_t columns, float other,
-                       Room<int16_t>& values, Room<float>& units) {
-        const int64_t blocks = columns / SHARED;
-        int16_t* out = values.get(2 * rows * columns);
-        float* unit = units.get(2 * rows * blocks);
-        bool rests = false;
-        for (int64_t row = 0; row < rows; ++row)
-            for (int64_t b = 0; b < blocks; ++b) {
-                const Block block(x + row * ldx + b * SHARED, SHARED, LEFT_BITS, nullptr);
-                alignas(32) int16_t first[SHARED], rest[SHARED] = {};
-                block.integers(first);
-                const bool much = block.loses_too_much();
-                if (much) block.rests(rest);
-                rests |= much;
-                int64_t at = row * blocks + b;
-                arrange(first, out + at * SHARED);
-                arrange(rest, out + (rows * blocks + at) * SHARED);
-                unit[at] = block.unit() * other;
-                unit[rows * blocks + at] = much ? block.unit_of_rests() * other : 0.0f;
-            }
-        return {out, unit, columns, blocks, rows, rests};
-    }
-
-  private:
-    // Odd values come from low nibbles, even ones from high nibbles; bytes are widened in halves of
-    // 128 bits.
-    INLINE static void arrange(const int16_t* from, int16_t* to) {
-        for (int half = 0; half < 2; ++half)
-            for (int part = 0; part < 2; ++part)
-                for (int lane = 0; lane < 2; ++lane)
-                    for (int i = 0; i < 8; ++i)
-                        *to++ = from[2 * (16 * lane + 8 * part + i) + 1 - half];
-    }
-};
-
 // The sixteen values of codes as integers, and what these stand for.
 struct Levels {
     __m256i low, high;  // bytes
@@ -373,12 +329,57 @@ struct Levels {
     }
 };
 
+// x in integers, in the order in which `Levels` gives the codes.
+struct Integral {
+    const int16_t* values;  // [rows, ld]
+    const float* units;     // [rows, blocks]
+    int64_t ld, blocks, rows;
+    bool rests;     // as many rows again are what these lose
+    Levels levels;  // what they meet
+
+    // Of rows of x, whose columns are whole blocks. The unit of what they meet is taken into
+    // theirs, since sums of products of integers alone would be too large for some floats.
+    static Integral of(const bf16* x, int64_t ldx, int64_t rows, int64_t columns,
+                       const Levels& levels, Room<int16_t>& values, Room<float>& units) {
+        const int64_t blocks = columns / SHARED;
+        int16_t* out = values.get(2 * rows * columns);
+        float* unit = units.get(2 * rows * blocks);
+        bool rests = false;
+        for (int64_t row = 0; row < rows; ++row)
+            for (int64_t b = 0; b < blocks; ++b) {
+                const Block block(x + row * ldx + b * SHARED, SHARED, LEFT_BITS, nullptr);
+                alignas(32) int16_t first[SHARED], rest[SHARED] = {};
+                block.integers(first);
+                const bool much = block.loses_too_much();
+                if (much) block.rests(rest);
+                rests |= much;
+                int64_t at = row * blocks + b;
+                arrange(first, out + at * SHARED);
+                arrange(rest, out + (rows * blocks + at) * SHARED);
+                unit[at] = block.unit() * levels.unit;
+                unit[rows * blocks + at] = much ? block.unit_of_rests() * levels.unit : 0.0f;
+            }
+        return {out, unit, columns, blocks, rows, rests, levels};
+    }
+
+  private:
+    // Odd values come from low nibbles, even ones from high nibbles; bytes are widened in halves of
+    // 128 bits.
+    INLINE static void arrange(const int16_t* from, int16_t* to) {
+        for (int half = 0; half < 2; ++half)
+            for (int part = 0; part < 2; ++part)
+                for (int lane = 0; lane < 2; ++lane)
+                    for (int i = 0; i < 8; ++i)
+                        *to++ = from[2 * (16 * lane + 8 * part + i) + 1 - half];
+    }
+};
+
 // T rows of x from `first` on, and with TWICE their rests.
 template <int T, bool TWICE, class Scales>
 void integer_rows(const Stored& w, Range rows, const Integral& x, int64_t first, const Rest& rest) {
     constexpr int ALL = TWICE ? 2 * T : T;
     Scales scales[2] = {Scales(w), Scales(w)};
-    const Levels levels(w.code);
+    const Levels levels = x.levels;
     const int64_t blocks = w.cols / w.block_size, steps = w.block_size / SHARED;
     const int16_t* values[ALL];
     const float* units[ALL];
@@ -529,39 +530,22 @@ int64_t distance(int64_t columns) {
     return (columns + STEP - 1) / STEP * STEP + 64 / static_cast<int64_t>(sizeof(Input));
 }
 
-// x [rows, w.cols] and y [rows, w.rows] in bf16, with distances between rows; rows from 1 to 8.
-// bias [w.rows], z [rows, rank] with B [w.rows, rank], and add [rows, w.rows] may be null.
-struct Call {
-    const Stored* w;
-    const bf16* x;
-    int64_t ldx, rows;
-    const bf16* bias;
-    const bf16* z;
-    int64_t ldz, rank;
-    const bf16* B;
-    int64_t ldb;
-    const bf16* add;
-    int64_t ldadd;
-    bf16* y;
-    int64_t ldy;
-};
-
-void run(const Call& c, int threads) {
+// x [rows, w.cols] in bf16, `ldx` between rows, from 1 to 8 of them; `rest` without its z, which
+// comes as bf16 [rows, rank] and may be null where the rank is 0.
+void run(const Stored& w, const bf16* x, int64_t ldx, int64_t rows, const bf16* z, int64_t ldz,
+         Rest rest, int threads) {
     using Body = void (*)(const Stored&, Range, const Input*, int64_t, const Rest&);
     static constexpr Body bodies[] = {some_rows<1>, some_rows<2>, some_rows<3>, some_rows<4>,
                                       some_rows<5>, some_rows<6>, some_rows<7>, some_rows<8>};
     static thread_local Room<Input> room, low;
-    const Stored& w = *c.w;
-    Rest rest{c.bias, nullptr, distance(c.rank), c.z ? c.rank : 0, c.B, c.ldb, c.add, c.ldadd,
-              c.y,    c.ldy};
-    if (c.z) rest.z = prepared(low, c.z, c.ldz, c.rows, c.rank, rest.ldz, false);
+    rest.ldz = distance(rest.rank);
+    if (z) rest.z = prepared(low, z, ldz, rows, rest.rank, rest.ldz, false);
     int team = w.rows * w.cols < SERIAL ? 1 : threads;
 #if defined(BLOCK_FLOAT)
     if (by_words(w)) {
         static thread_local Room<int16_t> values;
         static thread_local Room<float> units;
-        const float unit = Levels(w.code).unit;
-        const Integral integral = Integral::of(c.x, c.ldx, c.rows, w.cols, unit, values, units);
+        const Integral integral = Integral::of(x, ldx, rows, w.cols, Levels(w.code), values, units);
         decal::for_each_thread(team, [&](int thread, int of) {
             integer_rows(w, decal::share(w.rows, thread, of), integral, rest);
         });
@@ -569,9 +553,9 @@ void run(const Call& c, int threads) {
     }
 #endif
     int64_t ld = distance(w.cols);
-    const Input* from = prepared(room, c.x, c.ldx, c.rows, w.cols, ld, by_words(w));
+    const Input* from = prepared(room, x, ldx, rows, w.cols, ld, by_words(w));
     decal::for_each_thread(team, [&](int thread, int of) {
-        bodies[c.rows - 1](w, decal::share(w.rows, thread, of), from, ld, rest);
+        bodies[rows - 1](w, decal::share(w.rows, thread, of), from, ld, rest);
     });
 }
 
@@ -590,10 +574,13 @@ void round_all(const float* from, int64_t n, float scale, bf16* to, int threads)
 
 using namespace NAMESPACE;
 
+// y [rows, w.rows]; bias [w.rows], z [rows, rank] with B [w.rows, rank], and add [rows, w.rows] may
+// be null.
 EXPORT(gemv)(const Stored* w, const bf16* x, int64_t ldx, int64_t rows, const bf16* bias,
              const bf16* z, int64_t ldz, int64_t rank, const bf16* B, int64_t ldb, const bf16* add,
              int64_t ldadd, bf16* y, int64_t ldy, int threads) {
-    run({w, x, ldx, rows, bias, z, ldz, rank, B, ldb, add, ldadd, y, ldy}, threads);
+    const Rest rest{bias, nullptr, 0, z ? rank : 0, B, ldb, add, ldadd, y, ldy};
+    run(*w, x, ldx, rows, z, ldz, rest, threads);
 }
 
 // y = x W^T + bias + z (scale B)^T with z = x A^T, for the float masters A [rank, w.cols] and
@@ -608,6 +595,8 @@ EXPORT(gemv_adapted)(const Stored* w, const bf16* x, int64_t ldx, int64_t rows, 
     round_all(A, of_a, 1.0f, a, threads);
     round_all(B, of_b, scale, b, threads);
     const Stored first{dense, 0, rank, w->cols, w->cols, a, nullptr, nullptr, nullptr, nullptr, 0};
-    run({&first, x, ldx, rows, nullptr, nullptr, 0, 0, nullptr, 0, nullptr, 0, z, rank}, threads);
-    run({w, x, ldx, rows, bias, z, rank, rank, b, rank, nullptr, 0, y, ldy}, threads);
+    const Rest alone{nullptr, nullptr, 0, 0, nullptr, 0, nullptr, 0, z, rank};
+    run(first, x, ldx, rows, nullptr, 0, alone, threads);
+    const Rest rest{bias, nullptr, 0, rank, b, rank, nullptr, 0, y, ldy};
+    run(*w, x, ldx, rows, z, rank, rest, threads);
 }

@@ -29,8 +29,6 @@ INLINE int team(int64_t n, int threads) { return n < SERIAL ? 1 : threads; }
 
 INLINE float value_at(const bf16* x, int64_t i) { return to_float(x[i]); }
 INLINE float value_at(const float* x, int64_t i) { return x[i]; }
-INLINE float magnitude(float x) { return __builtin_fabsf(x); }
-INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
 #if defined(__AVX512F__)
 INLINE vi larger(vi a, vi b) { return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b); }
 #else

@@ -146,6 +146,9 @@ INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 #endif
 
+INLINE float magnitude(float x) { return __builtin_fabsf(x); }
+INLINE vf magnitude(vf x) { return (vf)((vi)x & 0x7fffffff); }
+
 // exp to 2 units in the last place of a float: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]
 // (degree 6, minimax). Below -87.3 it is 0 to rounding, above 88.3 it stays at the largest power;
 // NaN stays NaN, because min and max return their second argument where they cannot compare.
