@@ -61,9 +61,12 @@ def test_rates_of_their_own_reach_the_tensors_and_survive_a_resume(tmp_path: Pat
     whole, resumed = straight_and_resumed(tmp_path, train=sections)
     assert_same(whole, resumed)
     for done in (whole, resumed):
-        found = reader.EventAccumulator(str(done.run / "tensorboard"))
-        found.Reload()
-        points = {e.step: e.value for e in found.Scalars("train/loss")}
+        points = {}
+        # One file at a time, oldest first: those of one second and one process are numbered, and
+        # TensorBoard reads 10 before 9.
+        for file in sorted((done.run / "tensorboard").iterdir(), key=lambda f: f.stat().st_mtime):
+            found = reader.EventAccumulator(str(file)).Reload()
+            points |= {e.step: e.value for e in found.Scalars("train/loss")}
         assert points == pytest.approx(dict(whole.result.curve), rel=1e-6)  # float32 in the file
     (tmp_path / "one").mkdir()
     one = train(settings(tmp_path / "one", train={**sections, "max_steps": 1}))
