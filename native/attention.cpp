@@ -89,6 +89,7 @@ template <class F>
 void run_tasks(const std::vector<Task>& tasks, int threads, F&& body) {
     std::atomic<size_t> next{0};
     decal::for_each_thread(threads, [&](int, int) {
+        [[maybe_unused]] Tiles tiles;
         for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks.size();)
             body(tasks[i]);
     });

@@ -14,6 +14,7 @@
 // All names are local to the source that includes this: every source may have its own like them.
 #pragma once
 #include "room.h"
+#include "tiles.h"
 #include "vec.h"
 
 namespace NAMESPACE {
@@ -93,9 +94,9 @@ void register_blocks(int64_t rows, int64_t depth, const word* a, int64_t lda, co
     }
 }
 
-// C [rows, vectors * W] (+)= A B; depth, lda and ldb count words.
-void multiply(int64_t rows, int64_t vectors, int64_t depth, const word* a, int64_t lda,
-              const word* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+// C [rows, vectors * W] (+)= A B in registers; depth, lda and ldb count words.
+void multiply_in_registers(int64_t rows, int64_t vectors, int64_t depth, const word* a, int64_t lda,
+                           const word* b, int64_t ldb, float* c, int64_t ldc, bool add) {
     for (; vectors >= WIDE; vectors -= WIDE, b += WIDE * W, c += WIDE * W)
         register_blocks<WIDE>(rows, depth, a, lda, b, ldb, c, ldc, add);
 #if DECAL_W == 16
@@ -104,6 +105,72 @@ void multiply(int64_t rows, int64_t vectors, int64_t depth, const word* a, int64
 #endif
     if (vectors == 1) register_blocks<1>(rows, depth, a, lda, b, ldb, c, ldc, add);
 }
+
+#if defined(AMX)
+// H x V tiles of C; depth is a multiple of 16 words.
+template <int H, int V>
+INLINE void tile_block(int64_t depth, const word* a, int64_t lda, const word* b, int64_t ldb,
+                       float* c, int64_t ldc, bool add) {
+    lda *= 4, ldb *= 4;
+    const int64_t bytes = ldc * 4;
+    float* below = c + 16 * ldc;
+    if (add) {
+        tile_load<0>(c, bytes);
+        if (V == 2) tile_load<1>(c + 16, bytes);
+        if (H == 2) tile_load<2>(below, bytes);
+        if (H == 2 && V == 2) tile_load<3>(below + 16, bytes);
+    } else {
+        tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
+    }
+    for (int64_t k = 0; k < depth; k += 16, a += 16, b += 4 * ldb) {
+        tile_load<4>(a, lda);
+        tile_load<6>(b, ldb);
+        tile_dot<0, 4, 6>();
+        if (V == 2) {
+            tile_load<7>(b + 16, ldb);
+            tile_dot<1, 4, 7>();
+        }
+        if (H == 2) {
+            tile_load<5>(a + 4 * lda, lda);
+            tile_dot<2, 5, 6>();
+            if (V == 2) tile_dot<3, 5, 7>();
+        }
+    }
+    tile_store<0>(c, bytes);
+    if (V == 2) tile_store<1>(c + 16, bytes);
+    if (H == 2) tile_store<2>(below, bytes);
+    if (H == 2 && V == 2) tile_store<3>(below + 16, bytes);
+}
+
+template <int H>
+INLINE void tile_row(int64_t vectors, int64_t depth, const word* a, int64_t lda, const word* b,
+                     int64_t ldb, float* c, int64_t ldc, bool add) {
+    for (; vectors >= 2; vectors -= 2, b += 32, c += 32)
+        tile_block<H, 2>(depth, a, lda, b, ldb, c, ldc, add);
+    if (vectors) tile_block<H, 1>(depth, a, lda, b, ldb, c, ldc, add);
+}
+
+// What is whole in tiles; the last rows and the end of the contraction in registers.
+void multiply(int64_t rows, int64_t vectors, int64_t depth, const word* a, int64_t lda,
+              const word* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+    const int64_t whole = depth / 16 * 16, tall = whole ? rows / 16 * 16 : 0;
+    int64_t i = 0;
+    for (; i + 32 <= tall; i += 32)
+        tile_row<2>(vectors, whole, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+    if (i < tall) tile_row<1>(vectors, whole, a + i * lda, lda, b, ldb, c + i * ldc, ldc, add);
+    if (whole && whole < depth && tall)
+        multiply_in_registers(tall, vectors, depth - whole, a + whole, lda, b + whole * ldb, ldb, c,
+                              ldc, true);
+    if (tall < rows)
+        multiply_in_registers(rows - tall, vectors, depth, a + tall * lda, lda, b, ldb,
+                              c + tall * ldc, ldc, add);
+}
+#else
+void multiply(int64_t rows, int64_t vectors, int64_t depth, const word* a, int64_t lda,
+              const word* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+    multiply_in_registers(rows, vectors, depth, a, lda, b, ldb, c, ldc, add);
+}
+#endif
 
 // x[i][j] <-> x[j][i]
 #if defined(__AVX512F__)

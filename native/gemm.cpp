@@ -34,7 +34,7 @@
 #include "parallel.h"
 #include "room.h"
 #include "stored.h"
-#include "tiles.h"
+#include "tile_product.h"
 
 namespace NAMESPACE {
 
@@ -73,7 +73,7 @@ constexpr int64_t DEPTH = 2048;
 // AVX-512, 10 % with AVX2, than in passes of DEPTH.
 constexpr int64_t SHALLOW = 256;
 INLINE int64_t depth_of_pass(const Product& p) { return p.output == rounded ? DEPTH : SHALLOW; }
-#if DECAL_W == 16
+#if DECAL_W == 16 && !defined(AMX)
 constexpr int WIDEST = 4;
 #else
 constexpr int WIDEST = 2;
@@ -172,47 +172,6 @@ inline void pack_dense_across(const Stored& w, int64_t n0, int width, int64_t k0
 }
 #endif
 
-// A strip of W: columns [n0, n0 + width) of C are columns of W; the contraction is rows [k0, k1).
-inline void pack_across(const Segment& s, int64_t n0, int64_t N, int width, int64_t k0, int64_t k1,
-                        const Keep* keep, Panel* panel) {
-    alignas(64) bf16 room[2][WIDTH];
-    int64_t held = std::min<int64_t>(width, N - n0);
-#if !defined(DOT_BF16)
-    if (s.weight.format == dense && held == width)
-        return pack_dense_across(s.weight, n0, width, k0, k1, keep, panel);
-#endif
-    int64_t end = STEP == 2 ? k0 + (k1 - k0 + 31) / 32 * 32 : k1;
-    for (int64_t k = k0; k < end; k += STEP) {
-        for (int64_t i = 0; i < STEP; ++i) row_ahead(s.weight, k + i + ROWS_AHEAD, n0, n0 + held);
-        const bf16* rows[2];
-        for (int64_t i = 0; i < STEP; ++i) {
-            rows[i] = room[i];
-            if (k + i >= k1) {
-                memset(room[i], 0, sizeof room[i]);
-                continue;
-            }
-            rows[i] = row_values(s.weight, k + i, n0, n0 + held, room[i]);
-            if (keep) {
-                drop(*keep, k + i, n0, held, rows[i], room[i]);
-                rows[i] = room[i];
-            }
-            if (held == width) continue;
-            if (rows[i] != room[i]) memcpy(room[i], rows[i], held * sizeof(bf16));
-            memset(room[i] + held, 0, (width - held) * sizeof(bf16));
-            rows[i] = room[i];
-        }
-        Panel* out = panel + (k - k0) / STEP * width;
-        for (int j = 0; j < width; j += W) {
-#if defined(DOT_BF16)
-            vu first = (vu)load(rows[0] + j) >> 16;
-            *reinterpret_cast<vu*>(out + j) = first | (vu)load(rows[1] + j);
-#else
-            store(out + j, load(rows[0] + j));
-#endif
-        }
-    }
-}
-
 // --- multiplying ---------------------------------------------------------------------------------
 
 constexpr int64_t APART = 16;  // so that rows of 2,048 do not share sets of the cache
@@ -239,61 +198,7 @@ INLINE constexpr int tall(int vectors) {
 #endif
 
 #if defined(AMX)
-constexpr int AHEAD = 32;  // rows of the panel: about 4 KB before the tiles need them from L2
-
-// 32 rows of C in tiles of 16 x 16, two columns of tiles at a time.
-template <int V>
-void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c, bool fresh) {
-    int64_t whole = rows.count == 32 ? depth / 32 * 32 : 0;
-    alignas(64) bf16 edge[32 * 32];
-    for (int v = 0; v < V; v += 2) {
-        bool two = v + 1 < V;
-        float* out = c + v * 16;
-        constexpr int64_t wide = V * 16;
-        if (fresh) {
-            tile_zero<0>(), tile_zero<1>(), tile_zero<2>(), tile_zero<3>();
-        } else {
-            tile_load<0>(out, wide * 4);
-            tile_load<1>(out + 16 * wide, wide * 4);
-            if (two) {
-                tile_load<2>(out + 16, wide * 4);
-                tile_load<3>(out + 16 * wide + 16, wide * 4);
-            }
-        }
-        for (int64_t k = 0; k < depth; k += 32) {
-            const bf16* a = rows.a + k;
-            int64_t lda = rows.lda;
-            if (k >= whole) {
-                int64_t held = std::min<int64_t>(32, depth - k);
-                memset(edge, 0, sizeof edge);
-                for (int i = 0; i < rows.count; ++i)
-                    memcpy(edge + i * 32, rows.a + i * rows.lda + k, held * sizeof(bf16));
-                a = edge;
-                lda = 32;
-            }
-            const Panel* b = panel + k / 2 * wide + v * 16;
-            for (int i = 0; i < 16; ++i) __builtin_prefetch(b + (AHEAD + i) * wide);
-            if (two)
-                for (int i = 0; i < 16; ++i) __builtin_prefetch(b + (AHEAD + i) * wide + 16);
-            tile_load<4>(a, lda * 2);
-            tile_load<5>(a + 16 * lda, lda * 2);
-            tile_load<6>(b, wide * 4);
-            tile_dot<0, 4, 6>();
-            tile_dot<1, 5, 6>();
-            if (two) {
-                tile_load<7>(b + 16, wide * 4);
-                tile_dot<2, 4, 7>();
-                tile_dot<3, 5, 7>();
-            }
-        }
-        tile_store<0>(out, wide * 4);
-        tile_store<1>(out + 16 * wide, wide * 4);
-        if (two) {
-            tile_store<2>(out + 16, wide * 4);
-            tile_store<3>(out + 16 * wide + 16, wide * 4);
-        }
-    }
-}
+// tile_product.h
 #elif defined(DOT_BF16)
 template <int V>
 void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c, bool fresh) {
@@ -437,39 +342,41 @@ struct Lefts {
 #endif
 };
 
+// One row of a strip in its final form.
+INLINE void finish_row(const Product& p, const float* sums, int64_t row, int64_t n0,
+                       int64_t width) {
+    const int64_t held = std::min(width, p.N - n0);
+    if (p.output == floats) {
+        memcpy(static_cast<float*>(p.out) + row * p.ldout + n0, sums, held * sizeof(float));
+        return;
+    }
+    bf16* out = static_cast<bf16*>(p.out) + row * p.ldout + n0;
+    const bf16* add = p.add ? p.add + row * p.ldadd + n0 : nullptr;
+    const bf16* bias = p.bias ? p.bias + n0 : nullptr;
+    int64_t j = 0;
+    for (; j + W <= held; j += W) {
+        vf y = load(sums + j);
+        if (bias) y += load(bias + j);
+        if (add) y += load(add + j);
+        store(out + j, y);
+    }
+    if (j < held) {
+        vf y = load(sums + j);
+        if (bias) y += load_part(bias + j, held - j);
+        if (add) y += load_part(add + j, held - j);
+        store_part(out + j, y, held - j);
+    }
+}
+
 inline void finish(const Product& p, const float* c, int64_t row, int rows, int64_t n0, int width) {
-    int64_t held = std::min<int64_t>(width, p.N - n0);
     if (p.output == floats_transposed) {
-        for (int64_t j = 0; j < held; ++j) {
+        for (int64_t j = 0; j < std::min<int64_t>(width, p.N - n0); ++j) {
             float* out = static_cast<float*>(p.out) + (n0 + j) * p.ldout + row;
             for (int i = 0; i < rows; ++i) out[i] = c[i * width + j];
         }
         return;
     }
-    for (int i = 0; i < rows; ++i) {
-        const float* sums = c + i * width;
-        if (p.output == floats) {
-            memcpy(static_cast<float*>(p.out) + (row + i) * p.ldout + n0, sums,
-                   held * sizeof(float));
-            continue;
-        }
-        bf16* out = static_cast<bf16*>(p.out) + (row + i) * p.ldout + n0;
-        const bf16* add = p.add ? p.add + (row + i) * p.ldadd + n0 : nullptr;
-        const bf16* bias = p.bias ? p.bias + n0 : nullptr;
-        int64_t j = 0;
-        for (; j + W <= held; j += W) {
-            vf y = load(sums + j);
-            if (bias) y += load(bias + j);
-            if (add) y += load(add + j);
-            store(out + j, y);
-        }
-        if (j < held) {
-            vf y = load(sums + j);
-            if (bias) y += load_part(bias + j, held - j);
-            if (add) y += load_part(add + j, held - j);
-            store_part(out + j, y, held - j);
-        }
-    }
+    for (int i = 0; i < rows; ++i) finish_row(p, c + i * width, row + i, n0, width);
 }
 
 // One pass over a strip: what of the contraction it covers, packed.
@@ -483,14 +390,160 @@ struct Pass {
 };
 
 // Behind the last leading piece of a row, its mask.
-INLINE void mask(const Product& p, const Piece& piece, int64_t row, int rows, int64_t n0, int width,
-                 float* c) {
-    if (p.masked != after_leading || piece.segment >= p.segments + p.leading) return;
-    if (piece.end != piece.segment->k) return;
+INLINE bool masks(const Product& p, const Piece& piece) {
+    return p.masked == after_leading && piece.segment < p.segments + p.leading &&
+           piece.end == piece.segment->k;
+}
+INLINE void mask(const Product& p, int64_t row, int rows, int64_t n0, int width, float* c) {
     for (int h = 0; h < rows; ++h)
         drop(*p.keep, row + h, n0, std::min<int64_t>(width, p.N - n0), c + h * width);
 }
 
+struct Strip {
+    int64_t n0;
+    int vectors;
+    float* between;  // C of all rows in float, where there are several passes
+};
+
+#if defined(AMX)
+// A chunk of the contraction whose rows of A stay in L1 while strips pass by.
+#ifndef CH
+#define CH 20
+#endif
+constexpr int64_t CHUNK = CH;  // steps
+
+// What of a pass a block of rows meets, in stages: all strips go through one before the next.
+struct Stages {
+    static constexpr int MOST = 48;
+    Run runs[MOST];
+    int count = 0;
+    int ends[MOST];  // of each stage, in runs
+    const Piece* masked[MOST];
+    int stages = 0;
+
+    void close(const Piece* piece) {
+        ends[stages] = count;
+        masked[stages++] = piece;
+    }
+};
+
+// Rows of a whole strip that wait in floats: they are finished while the next is multiplied.
+struct Ending {
+    const float *at, *end;
+    bf16* out;
+    int64_t ldout;
+    const bf16 *bias, *add;
+    int64_t ldadd;
+
+    Ending() = default;
+    Ending(const Product& p, const float* c, Range rows, int64_t n0)
+        : at(c),
+          end(c + (rows.end - rows.begin) * WIDTH),
+          out(static_cast<bf16*>(p.out) + rows.begin * p.ldout + n0),
+          ldout(p.ldout),
+          bias(p.bias ? p.bias + n0 : nullptr),
+          add(p.add ? p.add + rows.begin * p.ldadd + n0 : nullptr),
+          ldadd(p.ldadd) {}
+
+    INLINE void go_on(int rows) {
+        for (; at < end && rows; --rows, at += WIDTH, out += ldout) {
+            vf low = load(at), high = load(at + W);
+            if (bias) low += load(bias), high += load(bias + W);
+            if (add) {
+                low += load(add), high += load(add + W);
+                add += ldadd;
+            }
+            _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+        }
+    }
+};
+
+// 32 rows of C, or fewer, that the same segments serve, against strips whose panels lie `apart`.
+inline void sweep(const Product& p, const Pass& pass, const Strip* strips, int64_t count,
+                  int64_t apart, Range rows, int64_t below) {
+    static thread_local Room<bf16> copies;
+    static thread_local Room<float> scratch;
+    const int height = static_cast<int>(rows.end - rows.begin);
+    Stages s;
+    int64_t copied = 0, deep = 0;
+    for (int i = 0; i < pass.count; ++i)
+        copied += pass.pieces[i].end - pass.pieces[i].begin + 2 * TILE_STEP;
+    bf16* copy = copies.get(TILE_ROWS * copied);
+    for (int i = 0; i < pass.count; ++i) {
+        const Piece& piece = pass.pieces[i];
+        const Segment& segment = *piece.segment;
+        if (rows.begin < segment.begin || rows.begin >= segment.end) continue;
+        const int64_t depth = piece.end - piece.begin;
+        const int64_t piece_steps = (depth + TILE_STEP - 1) / TILE_STEP;
+        int64_t left = piece_steps, lda = segment.lda, at = piece.panel;
+        const bf16* a = segment.a + (rows.begin - segment.begin) * lda + piece.begin;
+        const bool drops = p.masked == Masked::left;
+        bool a_goes_on = rows.end < segment.end;
+        // Tiles read whole rows of whole tiles; and rows 2 KB apart would share sets of L1.
+        if (drops || height < TILE_ROWS || depth % TILE_STEP || lda % 1024 == 0) {
+            const int64_t wide = left * TILE_STEP;
+            lda = wide + TILE_STEP;
+            for (int h = 0; h < TILE_ROWS; ++h) {
+                bf16* own = copy + h * lda;
+                int64_t held = h < height ? depth : 0;
+                if (held && drops)
+                    drop(*p.keep, rows.begin + h, piece.begin, held, a + h * segment.lda, own);
+                else if (held)
+                    memcpy(own, a + h * segment.lda, held * sizeof(bf16));
+                memset(own + held, 0, (wide - held) * sizeof(bf16));
+            }
+            a = copy;
+            a_goes_on = false;
+            copy += TILE_ROWS * lda;
+        }
+        const int64_t chunks = (left + CHUNK - 1) / CHUNK;
+        for (int64_t steps; left; left -= steps) {
+            steps = std::min(left, (piece_steps + chunks - 1) / chunks);
+            if (deep && deep + steps > CHUNK) s.close(nullptr), deep = 0;
+            s.runs[s.count++] = {a, lda, steps, at, a_goes_on};
+            deep += steps;
+            a += steps * TILE_STEP, at += steps * TILE_STEP / 2;
+        }
+        if (masks(p, piece)) s.close(&piece), deep = 0;
+    }
+    s.close(nullptr);
+    constexpr int64_t SIZE = TILE_ROWS * WIDTH;
+    Ending ending{};
+    float* own = scratch.get((s.stages > 1 ? count : 2) * SIZE);
+    for (int stage = 0; stage < s.stages; ++stage) {
+        const Run* runs = s.runs + (stage ? s.ends[stage - 1] : 0);
+        const int held = static_cast<int>(s.runs + s.ends[stage] - runs);
+        const bool first = stage == 0, last = stage + 1 == s.stages;
+        for (int64_t i = 0; i < count; ++i) {
+            const int width = strips[i].vectors * W;
+            float* c = own + (s.stages > 1 ? i : i % 2) * SIZE;
+            float* between = strips[i].between ? strips[i].between + below * width : nullptr;
+            const float* from = first ? nullptr : c;
+            if (first && !pass.first) {
+                from = between;
+                if (height < TILE_ROWS) from = static_cast<float*>(memcpy(c, between, height * width * sizeof(float)));
+            }
+            auto meanwhile = [&]() INLINE_LAMBDA { ending.go_on(2); };
+            const Range soon = decal::share(TILE_ROWS, static_cast<int>(i), static_cast<int>(count));
+            const Range next{soon.begin + TILE_ROWS, soon.end + TILE_ROWS};
+            const Panel* panel = pass.panel + i * apart;
+            if (width == WIDTH)
+                tile_product<2>(runs, held, panel, from, c, next, meanwhile);
+            else
+                tile_product<1>(runs, held, panel, from, c, next, meanwhile);
+            ending.go_on(TILE_ROWS);
+            if (s.masked[stage]) mask(p, rows.begin, height, strips[i].n0, width, c);
+            if (!last) continue;
+            if (!pass.last)
+                memcpy(between, c, height * width * sizeof(float));
+            else if (p.output != rounded || i + 1 == count || strips[i].n0 + WIDTH > p.N)
+                finish(p, c, rows.begin, height, strips[i].n0, width);
+            else
+                ending = Ending(p, c, rows, strips[i].n0);
+        }
+    }
+}
+#else
 // Rows that the same segments serve. `between` holds their C in float where there are several
 // passes.
 template <int V>
@@ -513,7 +566,7 @@ void sweep(const Product& p, const Pass& pass, int64_t n0, Range rows, float* be
                 multiply_integers<R, V>(piece.integers, row, height, depth,
                                         pass.panel + piece.panel * width, c, fresh);
                 fresh = false;
-                mask(p, piece, row, height, n0, width, c);
+                if (masks(p, piece)) mask(p, row, height, n0, width, c);
                 continue;
             }
 #endif
@@ -529,7 +582,7 @@ void sweep(const Product& p, const Pass& pass, int64_t n0, Range rows, float* be
             }
             multiply<V>(block, pass.panel + piece.panel * width, depth, c, fresh);
             fresh = false;
-            mask(p, piece, row, height, n0, width, c);
+            if (masks(p, piece)) mask(p, row, height, n0, width, c);
         }
         if (fresh) memset(c, 0, height * width * sizeof(float));
         if (pass.last)
@@ -538,6 +591,24 @@ void sweep(const Product& p, const Pass& pass, int64_t n0, Range rows, float* be
             memcpy(held, c, height * width * sizeof(float));
     }
 }
+
+// Rows that begin `below` rows under the thread's first.
+inline void strip(const Product& p, const Pass& pass, const Strip& s, Range rows, int64_t below) {
+    float* between = s.between ? s.between + below * s.vectors * W : nullptr;
+    switch (s.vectors) {
+        case 1:
+            return sweep<1>(p, pass, s.n0, rows, between);
+        case 2:
+            return sweep<2>(p, pass, s.n0, rows, between);
+#if DECAL_W == 16
+        case 3:
+            return sweep<3>(p, pass, s.n0, rows, between);
+        case 4:
+            return sweep<4>(p, pass, s.n0, rows, between);
+#endif
+    }
+}
+#endif
 
 // Vectors of the next strip where `left` are to be covered: wide ones, but 3 + 3 for 2 or 4 + 2.
 INLINE int next_width(int64_t left) {
@@ -562,12 +633,6 @@ constexpr bool WIDENS_ONCE = WIDENS && BLOCK == TALLEST;
 // deep weight are read once, side by side, and not 128 bytes at a time all over it.
 constexpr int64_t BETWEEN = 1 << 20;
 
-struct Strip {
-    int64_t n0;
-    int vectors;
-    float* between;
-};
-
 // Where the next rows begin that other segments serve, `end` if that comes first.
 inline int64_t border(const Product& p, int64_t row, int64_t end) {
     for (int i = 0; i < p.count; ++i) {
@@ -577,31 +642,70 @@ inline int64_t border(const Product& p, int64_t row, int64_t end) {
     return end;
 }
 
-// Rows that begin `below` rows under the thread's first.
-inline void strip(const Product& p, const Pass& pass, const Strip& s, Range rows, int64_t below) {
-    float* between = s.between ? s.between + below * s.vectors * W : nullptr;
-    switch (s.vectors) {
-        case 1:
-            return sweep<1>(p, pass, s.n0, rows, between);
-        case 2:
-            return sweep<2>(p, pass, s.n0, rows, between);
-#if DECAL_W == 16
-        case 3:
-            return sweep<3>(p, pass, s.n0, rows, between);
-        case 4:
-            return sweep<4>(p, pass, s.n0, rows, between);
+// Columns of strips whose rows are unpacked together.
+constexpr int64_t BESIDE = 1024;
+
+// Strips of W, `count` side by side: columns of C are columns of W; the contraction is rows of it,
+// [piece.begin, piece.end). `panel` is where the first strip's panel begins, `apart` how far it is
+// to the next.
+inline void pack_across(const Piece& piece, const Strip* strips, int64_t count, int64_t N,
+                        const Keep* keep, Panel* panel, int64_t apart) {
+    alignas(64) bf16 room[2][BESIDE];
+    const Stored& w = piece.segment->weight;
+    const Strip& last = strips[count - 1];
+    const int64_t n0 = strips->n0, width = last.n0 + last.vectors * W - n0;
+    const int64_t held = std::min(width, N - n0), k0 = piece.begin, k1 = piece.end;
+#if !defined(DOT_BF16)
+    if (w.format == dense && held == width) {
+        for (int64_t i = 0; i < count; ++i)
+            pack_dense_across(w, strips[i].n0, strips[i].vectors * W, k0, k1, keep,
+                              panel + i * apart + piece.panel * strips[i].vectors * W);
+        return;
+    }
 #endif
+    int64_t end = STEP == 2 ? k0 + (k1 - k0 + 31) / 32 * 32 : k1;
+    for (int64_t k = k0; k < end; k += STEP) {
+        for (int64_t i = 0; i < STEP; ++i) row_ahead(w, k + i + ROWS_AHEAD, n0, n0 + held);
+        const bf16* rows[2];
+        for (int64_t i = 0; i < STEP; ++i) {
+            rows[i] = room[i];
+            if (k + i >= k1) {
+                memset(room[i], 0, width * sizeof(bf16));
+                continue;
+            }
+            rows[i] = row_values(w, k + i, n0, n0 + held, room[i]);
+            if (keep) {
+                drop(*keep, k + i, n0, held, rows[i], room[i]);
+                rows[i] = room[i];
+            }
+            if (held == width) continue;
+            if (rows[i] != room[i]) memcpy(room[i], rows[i], held * sizeof(bf16));
+            memset(room[i] + held, 0, (width - held) * sizeof(bf16));
+            rows[i] = room[i];
+        }
+        for (int64_t i = 0, n = 0; i < count; ++i) {
+            const int wide = strips[i].vectors * W;
+            Panel* out = panel + i * apart + (piece.panel + (k - k0) / STEP) * wide;
+            for (int j = 0; j < wide; j += W, n += W) {
+#if defined(DOT_BF16)
+                vu first = (vu)load(rows[0] + n) >> 16;
+                *reinterpret_cast<vu*>(out + j) = first | (vu)load(rows[1] + n);
+#else
+                store(out + j, load(rows[0] + n));
+#endif
+            }
+        }
     }
 }
 
 #if defined(BLOCK_FLOAT)
-constexpr int64_t BESIDE = 4;  // strips whose rows are unpacked together
+constexpr int64_t INTEGERS_BESIDE = 4;  // strips
 
 // Strips of W whose contraction runs over its rows, in integers: blocks of rows, gathered in L1.
 // `panel` is where the first strip's panel begins, `apart` how far it is to the next.
 inline void pack_integers_across(const Piece& piece, int64_t N, const Strip* strips, int64_t count,
                                  Panel* panel, int64_t apart) {
-    constexpr int64_t WIDE = BESIDE * WIDTH;
+    constexpr int64_t WIDE = INTEGERS_BESIDE * WIDTH;
     alignas(32) bf16 rows[SHARED + 1][WIDE];
     const Strip& last = strips[count - 1];
     const int64_t n0 = strips[0].n0, end = std::min(last.n0 + last.vectors * W, N);
@@ -631,19 +735,20 @@ inline int64_t pack(const Product& p, const Piece& piece, const Strip* strips,
     const Segment& s = *piece.segment;
 #if defined(BLOCK_FLOAT)
     if (s.across && piece.shares) {
-        count = std::min(count, BESIDE);
+        count = std::min(count, INTEGERS_BESIDE);
         pack_integers_across(piece, p.N, strips, count, panel, apart);
         return count;
     }
 #endif
+    if (s.across) {
+        count = std::min(count, BESIDE / WIDTH);
+        const Keep* keep = p.masked == right ? p.keep : nullptr;
+        pack_across(piece, strips, count, p.N, keep, panel, apart);
+        return count;
+    }
     int width = strips->vectors * W;
-    Panel* own = panel + piece.panel * width;
-    const Keep* keep = p.masked == right ? p.keep : nullptr;
-    if (s.across)
-        pack_across(s, strips->n0, p.N, width, piece.begin, piece.end, keep, own);
-    else
-        pack_along(s, strips->n0, p.N, width, piece.begin, piece.end,
-                   piece.shares ? &piece.integers : nullptr, own, room);
+    pack_along(s, strips->n0, p.N, width, piece.begin, piece.end,
+               piece.shares ? &piece.integers : nullptr, panel + piece.panel * width, room);
     return 1;
 }
 
@@ -711,7 +816,7 @@ inline void part(const Product& p, Range rows, Range columns) {
     for (int i = 0; i < p.count; ++i) deep += p.segments[i].k;
     bool passes = deep > depth_of_pass(p) || p.count > MOST;
     int64_t height = rows.end - rows.begin;
-    int64_t size = largest_panel(p, MOST) * WIDTH;
+    int64_t size = (largest_panel(p, MOST) | 1) * WIDTH;
     constexpr int64_t STRIPS = 64;
     Strip strips[STRIPS];
     int64_t group = std::clamp<int64_t>(GROUP / size, 1, STRIPS), most = group;
@@ -720,7 +825,7 @@ inline void part(const Product& p, Range rows, Range columns) {
         group = std::min(group, most);
     }
     Panel* panel = panels.get(group * size);
-    float* wide =
+    [[maybe_unused]] float* wide =
         WIDENS ? floats_of_rows.get(TALLEST * (std::min(deep, DEPTH) + MOST * APART)) : nullptr;
     bf16* room = rooms.get((DEPTH + 32) * WIDTH);
     float* between = passes ? floats_between.get(most * height * WIDTH) : nullptr;
@@ -751,6 +856,11 @@ inline void part(const Product& p, Range rows, Range columns) {
                 }
                 for (int64_t row = rows.begin, next; row < rows.end; row = next) {
                     next = border(p, row, std::min(rows.end, row + BLOCK));
+#if defined(AMX)
+                    Pass pass{pieces, count, panel, first, segment == p.count, nullptr, false};
+                    sweep(p, pass, strips + begin, end - begin, size, {row, next},
+                          row - rows.begin);
+#else
                     for (int64_t i = begin; i < end; ++i) {
                         Pass pass{pieces,
                                   count,
@@ -761,6 +871,7 @@ inline void part(const Product& p, Range rows, Range columns) {
                                   WIDENS_ONCE && i > begin};
                         strip(p, pass, strips[i], {row, next}, row - rows.begin);
                     }
+#endif
                 }
             }
         }

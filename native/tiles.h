@@ -18,6 +18,10 @@ INLINE void tile_load(const void* from, int64_t stride) {
         memcpy(emulated_tiles[tile][i], static_cast<const char*>(from) + i * stride, 64);
 }
 template <int tile>
+INLINE void tile_stream(const void* from, int64_t stride) {
+    tile_load<tile>(from, stride);
+}
+template <int tile>
 INLINE void tile_zero() {
     memset(emulated_tiles[tile], 0, sizeof emulated_tiles[tile]);
 }
@@ -50,6 +54,11 @@ template <int tile>
 INLINE void tile_load(const void* from, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
 }
+// What is read once from L2 and must not push the rest out of L1.
+template <int tile>
+INLINE void tile_stream(const void* from, int64_t stride) {
+    asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(tile) : "memory");
+}
 template <int tile>
 INLINE void tile_zero() {
     asm volatile("tilezero %%tmm%c0" ::"i"(tile));
@@ -69,9 +78,10 @@ struct Tiles {
             uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
             uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
         } shape;
-        _tile_loadconfig(&shape);
+        // (The compilers' intrinsic says that it reads eight bytes; they may leave out the others.)
+        asm volatile("ldtilecfg %0" ::"m"(shape));
     }
-    ~Tiles() { _tile_release(); }
+    ~Tiles() { asm volatile("tilerelease"); }
 };
 
 #else
