@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from decal.kernels import native, ops
+from decal.kernels import native, native_project, ops
 
 PARTS: dict[str, tuple[str, ...]] = {
     "linears": ("project", "dequantize", "quantize", "int8", "gemv"),
@@ -55,13 +55,16 @@ class Parts:
         for op, backends in ops.BACKENDS.items():
             for backend, function in list(backends.items()):
                 backends[backend] = self._timed_op(op, backend, function)
-        find = native.kernel
+        find, send = native.kernel, native_project.send
 
         def kernel(name: str) -> Callable[..., None] | None:
             found = find(name)
-            return None if found is None else lambda *args: self._call(name, found, args)
+            if found is None or name == "gemm":  # which takes its own time, product by product
+                return found
+            return lambda *args: self._call(name, found, args)
 
         native.kernel = kernel
+        native_project.send = lambda products: self._sent(send, products)
 
     def timed(self, part: str, function: Callable[[], Any]) -> Any:
         """Calls a function under the name of a part."""
@@ -104,6 +107,22 @@ class Parts:
             self._seconds[part_of(name)] += spent - frame[1]
             if self._inside:
                 self._inside[-1][1] += spent
+
+    def _sent(self, send: Callable[..., None], products: list[Any]) -> None:
+        """Products that one call makes, whichever op is running when it is made."""
+        begun = time.perf_counter()
+        send(products)
+        spent = time.perf_counter() - begun
+        parts = [part_of(self._name(product)) for product in products]
+        for part, product in zip(parts, products, strict=True):
+            self._seconds[part] += product.seconds
+        self._seconds[parts[-1]] += spent - sum(product.seconds for product in products)
+        if self._inside:
+            self._inside[-1][1] += spent
+
+    def _name(self, product: Any) -> str:
+        depths = [product.segments[i].k for i in range(product.count)]
+        return "head" if self._vocabulary in (product.N, *depths) else product.op
 
 
 def _product(op: str, args: tuple[Any, ...]) -> tuple[int, float]:

@@ -47,6 +47,7 @@ struct Segment {
     int64_t k;
     int64_t begin, end;  // the rows of C that it serves; `a` begins with the first of them
     int32_t across;
+    int32_t turned;  // `a` lies as [k, rows]; of a product's only segment
     Stored weight;
 };
 
@@ -66,6 +67,8 @@ struct Product {
     void* out;
     int64_t ldout;
     int32_t output;
+    float factor;    // of what is left in floats
+    double seconds;  // what it took, for benches
 };
 
 constexpr int64_t DEPTH = 2048;
@@ -347,7 +350,8 @@ INLINE void finish_row(const Product& p, const float* sums, int64_t row, int64_t
                        int64_t width) {
     const int64_t held = std::min(width, p.N - n0);
     if (p.output == floats) {
-        memcpy(static_cast<float*>(p.out) + row * p.ldout + n0, sums, held * sizeof(float));
+        float* out = static_cast<float*>(p.out) + row * p.ldout + n0;
+        for (int64_t j = 0; j < held; ++j) out[j] = p.factor * sums[j];
         return;
     }
     bf16* out = static_cast<bf16*>(p.out) + row * p.ldout + n0;
@@ -372,7 +376,7 @@ inline void finish(const Product& p, const float* c, int64_t row, int rows, int6
     if (p.output == floats_transposed) {
         for (int64_t j = 0; j < std::min<int64_t>(width, p.N - n0); ++j) {
             float* out = static_cast<float*>(p.out) + (n0 + j) * p.ldout + row;
-            for (int i = 0; i < rows; ++i) out[i] = c[i * width + j];
+            for (int i = 0; i < rows; ++i) out[i] = p.factor * c[i * width + j];
         }
         return;
     }
@@ -417,13 +421,13 @@ struct Stages {
     static constexpr int MOST = 48;
     Run runs[MOST];
     int count = 0;
-    int ends[MOST];  // of each stage, in runs
-    const Piece* masked[MOST];
+    int ends[MOST];     // of each stage, in runs
+    bool masked[MOST];  // what they leave
     int stages = 0;
 
-    void close(const Piece* piece) {
+    void close(bool masks) {
         ends[stages] = count;
-        masked[stages++] = piece;
+        masked[stages++] = masks;
     }
 };
 
@@ -455,6 +459,17 @@ struct Ending {
             }
             _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
         }
+    }
+};
+
+// Rows of a strip that wait to be masked before more is added to them.
+struct Masking {
+    const Keep* keep;
+    float* at;
+    int64_t row, end, n0, held, width;
+
+    INLINE void go_on(int rows) {
+        for (; row < end && rows; --rows, ++row, at += width) drop(*keep, row, n0, held, at);
     }
 };
 
@@ -499,21 +514,29 @@ inline void sweep(const Product& p, const Pass& pass, const Strip* strips, int64
         const int64_t chunks = (left + CHUNK - 1) / CHUNK;
         for (int64_t steps; left; left -= steps) {
             steps = std::min(left, (piece_steps + chunks - 1) / chunks);
-            if (deep && deep + steps > CHUNK) s.close(nullptr), deep = 0;
+            if (deep && deep + steps > CHUNK) s.close(false), deep = 0;
             s.runs[s.count++] = {a, lda, steps, at, a_goes_on};
             deep += steps;
             a += steps * TILE_STEP, at += steps * TILE_STEP / 2;
         }
-        if (masks(p, piece)) s.close(&piece), deep = 0;
+        if (masks(p, piece)) s.close(true), deep = 0;
     }
-    s.close(nullptr);
+    s.close(false);
     constexpr int64_t SIZE = TILE_ROWS * WIDTH;
     Ending ending{};
     float* own = scratch.get((s.stages > 1 ? count : 2) * SIZE);
+    auto masking = [&](int64_t i) INLINE_LAMBDA {
+        const int64_t n0 = strips[i].n0, width = strips[i].vectors * W;
+        const int64_t held = std::min(width, p.N - n0);
+        return Masking{p.keep, own + i * SIZE, rows.begin, rows.end, n0, held, width};
+    };
     for (int stage = 0; stage < s.stages; ++stage) {
         const Run* runs = s.runs + (stage ? s.ends[stage - 1] : 0);
         const int held = static_cast<int>(s.runs + s.ends[stage] - runs);
         const bool first = stage == 0, last = stage + 1 == s.stages;
+        // While a strip is multiplied the next one is masked.
+        const bool masked = stage && s.masked[stage - 1];
+        if (masked) masking(0).go_on(TILE_ROWS);
         for (int64_t i = 0; i < count; ++i) {
             const int width = strips[i].vectors * W;
             float* c = own + (s.stages > 1 ? i : i % 2) * SIZE;
@@ -521,10 +544,16 @@ inline void sweep(const Product& p, const Pass& pass, const Strip* strips, int64
             const float* from = first ? nullptr : c;
             if (first && !pass.first) {
                 from = between;
-                if (height < TILE_ROWS) from = static_cast<float*>(memcpy(c, between, height * width * sizeof(float)));
+                if (height < TILE_ROWS)
+                    from = static_cast<float*>(memcpy(c, between, height * width * sizeof(float)));
             }
-            auto meanwhile = [&]() INLINE_LAMBDA { ending.go_on(2); };
-            const Range soon = decal::share(TILE_ROWS, static_cast<int>(i), static_cast<int>(count));
+            Masking behind = masked && i + 1 < count ? masking(i + 1) : Masking{};
+            auto meanwhile = [&]() INLINE_LAMBDA {
+                ending.go_on(2);
+                behind.go_on(2);
+            };
+            const Range soon =
+                decal::share(TILE_ROWS, static_cast<int>(i), static_cast<int>(count));
             const Range next{soon.begin + TILE_ROWS, soon.end + TILE_ROWS};
             const Panel* panel = pass.panel + i * apart;
             if (width == WIDTH)
@@ -532,7 +561,7 @@ inline void sweep(const Product& p, const Pass& pass, const Strip* strips, int64
             else
                 tile_product<1>(runs, held, panel, from, c, next, meanwhile);
             ending.go_on(TILE_ROWS);
-            if (s.masked[stage]) mask(p, rows.begin, height, strips[i].n0, width, c);
+            behind.go_on(TILE_ROWS);
             if (!last) continue;
             if (!pass.last)
                 memcpy(between, c, height * width * sizeof(float));
@@ -896,27 +925,64 @@ inline void grid(int64_t M, int64_t N, int threads, int& tall_, int& wide) {
     }
 }
 
-}  // namespace NAMESPACE
+// The rows of `a` that lies as [k, M], in memory of the thread. (Few: the rank's.)
+inline const bf16* upright(const Segment& s, int64_t M, int64_t ld) {
+    static thread_local Room<bf16> room;
+    bf16* rows = room.get(M * ld);
+    for (int64_t k = 0; k < s.k; ++k)
+        for (int64_t i = 0; i < M; ++i) rows[i * ld + k] = s.a[k * s.lda + i];
+    return rows;
+}
 
-EXPORT(gemm)(const NAMESPACE::Product* given, int threads) {
-    using namespace NAMESPACE;
-    const Product& p = *given;
-    if (p.M == 0 || p.N == 0) return;
+// Whether it is worth a second thread.
+inline bool large(const Product& p) {
     int64_t deep = 0;
     for (int i = 0; i < p.count; ++i) deep += p.segments[i].k;
-    if (p.M * p.N * deep < SMALL) threads = 1;
-    decal::for_each_thread(threads, [&](int thread, int of) {
+    return p.M * p.N * deep >= SMALL;
+}
+
+inline void work_on(const Product& p, int thread, int threads) {
+    int along = 1, across = 1;
+    grid(p.M, p.N, threads, along, across);
+    Range rows = decal::share(p.M, thread / across, along);
+    Range columns = decal::share(p.N, thread % across, across, W);
+    if (rows.begin == rows.end || columns.begin == columns.end) return;
+    Product own = p;
+    Segment only;
+    if (p.count == 1 && p.segments->turned) {
+        only = *p.segments;
+        only.lda = only.k + 2 * APART;
+        only.a = upright(*p.segments, p.M, only.lda);
+        own.segments = &only;
+    }
+    int64_t parts = std::max<int64_t>(1, parts_of(own, rows.end - rows.begin));
+    for (int64_t i = 0; i < parts; ++i) {
+        int64_t height = (rows.end - rows.begin + parts - 1) / parts;
+        int64_t begin = rows.begin + i * height;
+        if (begin < rows.end) part(own, {begin, std::min(begin + height, rows.end)}, columns);
+    }
+}
+
+}  // namespace NAMESPACE
+
+// Products one after the other; each may read what those before it have written.
+EXPORT(gemm)(NAMESPACE::Product* const* given, int64_t count, int threads) {
+    using namespace NAMESPACE;
+    bool any = false;
+    for (int64_t i = 0; i < count; ++i) any |= large(*given[i]);
+    decal::Meeting meeting;
+    decal::for_each_thread(any ? threads : 1, [&](int thread, int of) {
         [[maybe_unused]] Tiles tiles;
-        int tall_ = 1, wide = 1;
-        grid(p.M, p.N, of, tall_, wide);
-        Range rows = decal::share(p.M, thread / wide, tall_);
-        Range columns = decal::share(p.N, thread % wide, wide, W);
-        if (rows.begin == rows.end || columns.begin == columns.end) return;
-        int64_t parts = std::max<int64_t>(1, parts_of(p, rows.end - rows.begin));
-        for (int64_t i = 0; i < parts; ++i) {
-            int64_t height = (rows.end - rows.begin + parts - 1) / parts;
-            int64_t begin = rows.begin + i * height;
-            if (begin < rows.end) part(p, {begin, std::min(begin + height, rows.end)}, columns);
+        double begun = decal::seconds();
+        for (int64_t i = 0; i < count; ++i) {
+            Product& p = *given[i];
+            const bool all = large(p);
+            if (p.M && p.N && (all || thread == 0)) work_on(p, all ? thread : 0, all ? of : 1);
+            decal::meet(meeting, of);
+            if (thread) continue;
+            double now = decal::seconds();
+            p.seconds = now - begun;
+            begun = now;
         }
     });
 }

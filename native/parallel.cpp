@@ -1,5 +1,6 @@
 #include "parallel.h"
 
+#include <chrono>
 #include <thread>
 #include <vector>
 
@@ -43,6 +44,29 @@ void decal::run(int threads, void (*body)(void*, int, int), void* context) {
     for (int i = 1; i < threads; ++i) team.emplace_back(body, context, i, threads);
     body(context, 0, threads);
     for (std::thread& member : team) member.join();
+}
+
+// Products of a few tens of microseconds meet here: sleeping would take longer than they do. The
+// yield is for a team of more threads than there are processors.
+void decal::meet(Meeting& meeting, int threads) {
+    if (threads == 1) return;
+    const int round = meeting.round.load(std::memory_order_relaxed);
+    if (meeting.here.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+        meeting.here.store(0, std::memory_order_relaxed);
+        meeting.round.store(round + 1, std::memory_order_release);
+        return;
+    }
+    for (int turns = 0; meeting.round.load(std::memory_order_acquire) == round; ++turns) {
+#if defined(__x86_64__)
+        if (turns < 1000) __builtin_ia32_pause();
+#endif
+        if (turns >= 1000) std::this_thread::yield();
+    }
+}
+
+double decal::seconds() {
+    auto now = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration<double>(now).count();
 }
 
 // How many threads a kernel gets that asks for `threads`.

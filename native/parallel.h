@@ -3,6 +3,7 @@
 // kernels/native.py hands over the addresses of torch's runtime (decal_use_openmp). Where there is
 // none to borrow, threads are started for every call. How many is an argument of every kernel.
 #pragma once
+#include <atomic>
 #include <cstdint>
 
 namespace decal {
@@ -19,6 +20,14 @@ void for_each_thread(int threads, F&& body) {
     }
     run(threads, [](void* f, int thread, int of) { (*static_cast<F*>(f))(thread, of); }, &body);
 }
+
+// Where the threads of one team wait for each other.
+struct Meeting {
+    std::atomic<int> here{0}, round{0};
+};
+void meet(Meeting& meeting, int threads);
+
+double seconds();  // of a clock that only goes on
 
 struct Range {
     int64_t begin, end;

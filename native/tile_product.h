@@ -17,7 +17,7 @@ struct Run {
     const bf16* a;
     int64_t lda;
     int64_t steps;
-    int64_t at;     // row of the panel, a pair of the contraction each
+    int64_t at;    // row of the panel, a pair of the contraction each
     bool goes_on;  // A has more rows behind these
 };
 

@@ -16,7 +16,7 @@ import torch
 from bench import performance_page, shapes, train_step
 from bench.contenders import Task, decal_steps
 from bench.step_parts import OTHER, PARTS, Parts, part_of
-from decal.kernels import native, ops
+from decal.kernels import native, native_project, ops
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
@@ -36,6 +36,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parts]:
     for op, backends in ops.BACKENDS.items():
         monkeypatch.setitem(ops.BACKENDS, op, dict(backends))
     monkeypatch.setattr(native, "kernel", native.kernel)
+    monkeypatch.setattr(native_project, "send", native_project.send)
     found = Parts(VOCABULARY)
     found.wrap()
     return found
@@ -73,6 +74,19 @@ def test_products_are_counted(parts: Parts) -> None:
     found = parts.take()
     assert found["linear_flops"] == 2 * (2 * 5 * 48 * 32)
     assert found["seconds_by_part"]["head and loss"] > 0
+
+
+@pytest.mark.skipif(not native.available(), reason="the library is not built")
+def test_products_of_one_call_count_where_they_belong(parts: Parts) -> None:
+    """Fails when what is put off counts for the op that comes last, or for none."""
+    x, z = torch.ones(64, 256).bfloat16(), torch.ones(64, 16).bfloat16()
+    with ops.together():
+        ops.project(x, ops.Stored("dense", (256, 256), torch.ones(256, 256).bfloat16()))
+        head = torch.ones(VOCABULARY, 256).bfloat16()
+        ops.project(x, ops.Stored("dense", (VOCABULARY, 256), head))
+        ops.over_rows(z, x)
+    found = parts.take()["seconds_by_part"]
+    assert all(found[part] > 0 for part in ("linears", "head and loss", "adapters"))
 
 
 def test_every_op_has_a_part() -> None:

@@ -110,6 +110,13 @@ def test_project(form: str, rows: int, dtype: torch.dtype) -> None:
     before = add.clone()
     assert near(ops.project(x, weight, bias, [Low(z, B)], add), wanted, dtype, rounded=rounded)
     assert torch.equal(add, before)
+    wide = normal(rows, OUT + 5).to(dtype)
+    ops.project(x, weight, bias, [Low(z, B)], add, out=wide[:, 2:-3])
+    assert near(wide[:, 2:-3], wanted, dtype, rounded=rounded)
+    assert torch.equal(wide[:, [0, 1, -1]], normal(rows, OUT + 5).to(dtype)[:, [0, 1, -1]])
+    out = wide[:, 2:-3]
+    assert ops.project(x, weight, out=out) is out
+    assert torch.equal(out, ops.project(x, weight))
 
 
 @dtypes
@@ -160,6 +167,7 @@ def test_over_rows(rows: int, features: int, dropped: bool, dtype: torch.dtype) 
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     wanted = p.double().t() @ (kept(keep, q) * q.double())
     assert near(found, wanted, found.dtype)
+    assert near(ops.over_rows(p, q, keep, scale=-0.75), -0.75 * wanted, found.dtype)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -199,9 +201,9 @@ class Watched:
         self.rows: dict[str, list[int]] = {"project": [], "project_back": []}
         project, project_back = ops.project, ops.project_back
 
-        def forth(x: Tensor, *args: Tensor) -> Tensor:
+        def forth(x: Tensor, *args: Any, **options: Any) -> Tensor:
             self.rows["project"].append(len(x))
-            return project(x, *args)
+            return project(x, *args, **options)
 
         def back(parts: list[tuple[Tensor, Stored]]) -> Tensor:
             self.rows["project_back"].append(len(parts[0][0]))

@@ -122,15 +122,16 @@ def forward(
     """x [T, K] -> every line's y [T, N], plus `add`; z [T, R] (R the largest), what made it."""
     casts = tuple(_cast(segment, x.dtype) for segment in group.segments)
     z = None
-    if casts:
-        z = x.new_empty(x.shape[0], max(cast.A.shape[0] for cast in casts))
-        for segment, cast in zip(group.segments, casts, strict=True):
-            own = z[segment.rows, : cast.A.shape[0]]
-            ops.into_rank(x[segment.rows], cast.A, _kept(group, segment), out=own)
-    ys = [
-        ops.project(x, line.weight, line.bias, _lows(group, casts, z, i), add)
-        for i, line in enumerate(group.lines)
-    ]
+    with ops.together():
+        if casts:
+            z = x.new_empty(x.shape[0], max(cast.A.shape[0] for cast in casts))
+            for segment, cast in zip(group.segments, casts, strict=True):
+                own = z[segment.rows, : cast.A.shape[0]]
+                ops.into_rank(x[segment.rows], cast.A, _kept(group, segment), out=own)
+        ys = [
+            ops.project(x, line.weight, line.bias, _lows(group, casts, z, i), add)
+            for i, line in enumerate(group.lines)
+        ]
     return ys, z, casts
 
 
@@ -226,7 +227,7 @@ class Backward:
                 (factors, columns), dB = placed, None
                 if grad is not None and self.need[2 * len(found) + 1]:
                     own = z[segment.rows, columns]
-                    dB = ops.over_rows(grad[segment.rows], own).mul_(factors.scale)
+                    dB = ops.over_rows(grad[segment.rows], own, scale=factors.scale)
                 found.append(dB)
         return found
 
@@ -258,8 +259,10 @@ class _One(torch.autograd.Function):
         x, z, *_ = ctx.saved_tensors
         check_frozen(ctx)
         needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
-        back = Backward(ctx.group, [grad], z, ctx.casts, needs)
-        return back.dx(), None, *back.factors(x)
+        with ops.together():
+            back = Backward(ctx.group, [grad], z, ctx.casts, needs)
+            dx, found = back.dx(), back.factors(x)
+        return dx, None, *found
 
 
 def apply(group: Group, x: Tensor) -> Tensor:

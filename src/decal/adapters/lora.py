@@ -183,7 +183,7 @@ class _Update(torch.autograd.Function):
         with _exact(grad.device):
             g = grad.reshape(-1, grad.shape[-1]).to(x.dtype)
             if need_B:
-                dB = ops.over_rows(g, z).mul_(scale).to(B.dtype)
+                dB = ops.over_rows(g, z, scale=scale).to(B.dtype)
             if need_shift:
                 d_shift = g.sum(0, dtype=ctx.shift_dtype)
             if need_A or need_x:
@@ -219,7 +219,7 @@ class _Lookup(torch.autograd.Function):
         with _exact(grad.device):
             g = grad.reshape(-1, grad.shape[-1]).to(z.dtype)
             if ctx.needs_input_grad[3]:
-                dB = ops.over_rows(g, z).mul_(ctx.scale).to(B.dtype)
+                dB = ops.over_rows(g, z, scale=ctx.scale).to(B.dtype)
             if ctx.needs_input_grad[2]:
                 gz = ((g @ B.to(z.dtype)) * (ctx.gain * ctx.scale)).to(A.dtype)
                 if ctx.padding_idx is not None:

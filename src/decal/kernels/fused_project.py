@@ -42,10 +42,11 @@ def project(
     bias: Tensor | None = None,
     low: Sequence[Low] = (),
     add: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Any:
     if not _takes(x):
         return NotImplemented
-    out = x.new_empty(x.shape[0], weight.shape[0])
+    out = x.new_empty(x.shape[0], weight.shape[0]) if out is None else out
     for rows in _spans(x.shape[0], _ROWS // x.shape[1]):
         wide = x[rows].float()
         updates = list(_updates(low, rows))
@@ -91,13 +92,13 @@ def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None, out: Tensor | None
     return z
 
 
-def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Any:
+def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None, scale: float = 1.0) -> Any:
     if not _takes(p):
         return NotImplemented
     total = torch.zeros(p.shape[1], q.shape[1])
     for rows in _spans(p.shape[0], _ROWS // max(p.shape[1], q.shape[1])):
         total.addmm_(p[rows].float().t(), _drop_(q[rows].float(), keep, rows))
-    return total
+    return total.mul_(scale)
 
 
 def _takes(x: Tensor) -> bool:

@@ -7,6 +7,7 @@ packed are left too: a float32 weight would have to be rounded first.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ class _Segment(ctypes.Structure):
         ("begin", ctypes.c_int64),
         ("end", ctypes.c_int64),
         ("across", ctypes.c_int32),
+        ("turned", ctypes.c_int32),
         ("weight", StoredStruct),
     )
 
@@ -52,6 +54,10 @@ class _Keep(ctypes.Structure):
 
 
 class _Product(ctypes.Structure):
+    op: str
+    """Which made it: benches ask."""
+    held: Any
+    """What has the memory that it points into."""
     _fields_ = (
         ("segments", ctypes.POINTER(_Segment)),
         ("count", ctypes.c_int32),
@@ -66,7 +72,53 @@ class _Product(ctypes.Structure):
         ("out", ctypes.c_void_p),
         ("ldout", ctypes.c_int64),
         ("output", ctypes.c_int32),
+        ("factor", ctypes.c_float),
+        ("seconds", ctypes.c_double),
     )
+
+
+class _Waiting(threading.local):
+    """Products of the block that this thread is in; None outside."""
+
+    products: list[_Product] | None = None
+
+
+_WAITING = _Waiting()
+
+
+class Together:
+    """Inside the block products are put off; at its end they run in one call, in their order.
+
+    For products that follow each other: coming back to Python between them takes longer than some
+    of them do. What they read lives until then; only ops may look at what they return before it.
+    Of blocks in blocks the outermost counts.
+    """
+
+    def __enter__(self) -> None:
+        self._outermost = _WAITING.products is None
+        if self._outermost:
+            _WAITING.products = []
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._outermost:
+            products, _WAITING.products = _WAITING.products, None
+            if kind is None and products:
+                send(products)
+
+
+def catch_up() -> None:
+    """Runs what has been put off: something that is no product will read it."""
+    products = _WAITING.products
+    if products:
+        _WAITING.products = []
+        send(products)
+
+
+def send(products: list[_Product]) -> None:
+    kernel = native.kernel("gemm")
+    assert kernel is not None
+    addresses = (ctypes.c_void_p * len(products))(*map(ctypes.addressof, products))
+    kernel(addresses, ctypes.c_int64(len(products)), native.threads())
 
 
 def project(
@@ -75,6 +127,7 @@ def project(
     bias: Tensor | None = None,
     low: Sequence[Low] = (),
     add: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Any:
     T, (N, K) = x.shape[0], weight.shape
     rows = [(x, (T, K))]
@@ -83,16 +136,21 @@ def project(
         rows.append((add, (T, N)))
     if bias is not None:
         rows.append((bias[None], (1, N)))
+    if out is not None:
+        rows.append((out, (T, N)))
     if not _takes(rows, [weight]) or not _apart(low, T):
         return NotImplemented
-    out, (held, turned) = x.new_empty(T, N), _held(weight)
+    out = x.new_empty(T, N) if out is None else out
+    held, turned = _held(weight)
     whole = low[0] if len(low) == 1 and low[0].z.shape[0] == T else None
     few = not turned and (whole is not None or not low)
-    if few and native_gemv.multiply(x, held, out, bias, whole, add):
-        return out
+    if few and T <= native_gemv.MOST:
+        catch_up()
+        if native_gemv.multiply(x, held, out, bias, whole, add):
+            return out
     segments = [_segment(x, held, across=turned)]
     segments += [_segment(p.z, dense_struct(p.factor), across=False, start=p.start) for p in low]
-    _multiply(segments, out, bias=bias, add=add)
+    _multiply("project", segments, out, (x, weight, low), bias=bias, add=add)
     return out
 
 
@@ -115,7 +173,8 @@ def project_back(
         held, turned = _held(weight)
         segments.append(_segment(grad, held, across=not turned))
     masked = _AFTER_LEADING if low and keep is not None else _NOTHING
-    _multiply(segments, out, keep=keep, masked=masked, leading=len(low))
+    read = (parts, low)
+    _multiply("project_back", segments, out, read, keep=keep, masked=masked, leading=len(low))
     return out
 
 
@@ -127,24 +186,38 @@ def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None, out: Tensor | None
     if not _takes([(x, (T, K)), matrix, (out, (T, R))], []) or not _covers(keep, T, K):
         return NotImplemented
     held = dense_struct(matrix[0])
-    if keep is None and not turned and native_gemv.multiply(x, held, out):
-        return out
+    if keep is None and not turned and T <= native_gemv.MOST:
+        catch_up()
+        if native_gemv.multiply(x, held, out):
+            return out
     segments = [_segment(x, held, across=turned)]
-    _multiply(segments, out, keep=keep, masked=_NOTHING if keep is None else _LEFT)
+    masked = _NOTHING if keep is None else _LEFT
+    _multiply("into_rank", segments, out, (x, A), keep=keep, masked=masked)
     return out
 
 
-def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Any:
+def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None, scale: float = 1.0) -> Any:
     (T, M), N = p.shape, q.shape[1]
     if not _takes([(p, (T, M)), (q, (T, N))], []) or not _covers(keep, T, N):
         return NotImplemented
     out = p.new_empty(M, N, dtype=torch.float32)
     swapped = M > N and keep is None
     left, right = (q, p) if swapped else (p, q)
-    turned = left.t().contiguous()  # by name: a segment holds addresses only
-    segments = [_segment(turned, dense_struct(right), across=True)]
+    segment = _Segment(
+        left.data_ptr(), left.stride(0), T, 0, left.shape[1], 1, 1, dense_struct(right)
+    )
     masked = _NOTHING if keep is None else _RIGHT
-    _multiply(segments, out, keep=keep, masked=masked, output=_TRANSPOSED if swapped else _FLOATS)
+    output = _TRANSPOSED if swapped else _FLOATS
+    _multiply(
+        "over_rows",
+        [segment],
+        out,
+        (p, q),
+        keep=keep,
+        masked=masked,
+        output=output,
+        factor=scale,
+    )
     return out
 
 
@@ -187,17 +260,20 @@ def _held(weight: Stored) -> tuple[StoredStruct, bool]:
 
 def _segment(a: Tensor, weight: StoredStruct, *, across: bool, start: int = 0) -> _Segment:
     rows, k = a.shape
-    return _Segment(a.data_ptr(), a.stride(0), k, start, start + rows, int(across), weight)
+    return _Segment(a.data_ptr(), a.stride(0), k, start, start + rows, int(across), 0, weight)
 
 
 def _multiply(
+    op: str,
     segments: list[_Segment],
     out: Tensor,
+    read: Any,
     *,
     keep: Keep | None = None,
     masked: int = _NOTHING,
     leading: int = 0,
     output: int = _ROUNDED,
+    factor: float = 1.0,
     bias: Tensor | None = None,
     add: Tensor | None = None,
 ) -> None:
@@ -224,7 +300,10 @@ def _multiply(
         out=out.data_ptr(),
         ldout=out.stride(0),
         output=output,
+        factor=factor,
     )
-    kernel = native.kernel("gemm")
-    assert kernel is not None
-    kernel(ctypes.byref(product), native.threads())
+    product.op, product.held = op, (read, out, keep, bias, add)
+    if _WAITING.products is None:
+        send([product])
+    else:
+        _WAITING.products.append(product)

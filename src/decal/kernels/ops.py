@@ -123,9 +123,17 @@ BACKENDS: dict[str, dict[str, Callable[..., Any]]] = {
 """Implementations of each op by backend, the preferred one first."""
 
 
+together = native_project.Together
+"""A context in which compiled products are put off to its end."""
+_PRODUCTS = frozenset(("project", "project_back", "into_rank", "over_rows"))
+"""Ops that may be put off."""
+
+
 def _run(op: str, *args: Any) -> Any:
     """The answer of the first backend that takes these arguments; `torch` takes all."""
-    for backend in BACKENDS[op].values():
+    for name, backend in BACKENDS[op].items():
+        if name != "native" or op not in _PRODUCTS:
+            native_project.catch_up()
         found = backend(*args)
         if found is not NotImplemented:
             return found
@@ -211,9 +219,13 @@ def project(
     bias: Tensor | None = None,
     low: Sequence[Low] = (),
     add: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """x [T, K] -> x W^T + bias + z B^T + add, [T, N]; low: z [n, r], B [N, r]. No gradient."""
-    return _run("project", x, weight, bias, low, add)
+    """x [T, K] -> x W^T + bias + z B^T + add, [T, N], in `out` if given; low: z [n, r], B [N, r].
+
+    Takes no part in autograd.
+    """
+    return _run("project", x, weight, bias, low, add, out)
 
 
 def project_adapted(
@@ -237,9 +249,9 @@ def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None, out: Tensor | None
     return _run("into_rank", x, A, keep, out)
 
 
-def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Tensor:
-    """p [T, M], q [T, N] -> p^T (keep . q), [M, N], float32 (float64 of float64)."""
-    return _run("over_rows", p, q, keep)
+def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None, scale: float = 1.0) -> Tensor:
+    """p [T, M], q [T, N] -> scale * p^T (keep . q), [M, N], float32 (float64 of float64)."""
+    return _run("over_rows", p, q, keep, scale)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,7 @@ def project(
     bias: Tensor | None = None,
     low: Sequence[Low] = (),
     add: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """y = x W^T + bias + z B^T + add.
 
@@ -83,12 +84,15 @@ def project(
         bias: [N].
         low: for rows of their own each, z [n, r] and B [N, r], scaled.
         add: [T, N] in x's dtype.
+        out: [T, N] in x's dtype, whose rows may be strided; not one of the others.
 
     Returns:
-        A new [T, N] in x's dtype.
+        [T, N] in x's dtype: `out`, or a new one.
     """
     matrix = stored_weight(weight, x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
+    if out is not None and bias is None and add is None and not low:
+        return torch.mm(x, matrix.t(), out=out)
     if weight.format == "dense":  # in the order of torch's own linear layer, to the bit
         y = torch.nn.functional.linear(x, matrix, bias)
     else:
@@ -96,7 +100,8 @@ def project(
         y = y if bias is None else y.add_(bias)
     for part in low:
         y[part.rows].addmm_(part.z, part.factor.t())
-    return y if add is None else y.add_(add)
+    y = y if add is None else y.add_(add)
+    return y if out is None else out.copy_(y)
 
 
 def project_adapted(
@@ -164,8 +169,8 @@ def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None, out: Tensor | None
     return z
 
 
-def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Tensor:
-    """p^T (keep . q) for p [T, M] and q [T, N] of one dtype, whose rows may be strided.
+def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None, scale: float = 1.0) -> Tensor:
+    """scale * p^T (keep . q) for p [T, M] and q [T, N] of one dtype, whose rows may be strided.
 
     Returns:
         A new [M, N], summed in float32 (float64 for float64). The products that sum over all T rows
@@ -174,16 +179,17 @@ def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None) -> Tensor:
     wide = torch.promote_types(p.dtype, torch.float32)
     if p.is_cuda:
         q = q if keep is None else keep.dropped(q, 0)
-        return p.t() @ q if p.dtype == wide else torch.mm(p.t(), q, out_dtype=wide)
+        found = p.t() @ q if p.dtype == wide else torch.mm(p.t(), q, out_dtype=wide)
+        return found.mul_(scale)
     if p.dtype == wide and keep is None:
-        return p.t() @ q
+        return (p.t() @ q).mul_(scale)
     total = p.new_zeros(p.shape[1], q.shape[1], dtype=wide)
     step = rows_at_once(max(p.shape[1], q.shape[1]), q.device)
     for start in range(0, p.shape[0], step):
         part, kept = p[start : start + step], q[start : start + step]
         kept = kept if keep is None else keep.dropped(kept, start)
         total += _transposed_product(part.to(wide), kept.to(wide))
-    return total
+    return total.mul_(scale)
 
 
 def _transposed_product(p: Tensor, q: Tensor) -> Tensor:

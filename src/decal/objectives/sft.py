@@ -33,6 +33,7 @@ read the hidden states once for each and need a second pass for the softmax.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -46,11 +47,14 @@ from decal.kernels.stored import Stored
 POOLS = False
 CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**25}
 """Logits per chunk: 16 MB of fp32 suit a CPU's caches and allocator, 128 MB keep a GPU busy."""
-CHUNK_BYTES = 31 * 2**20
-"""Of projected logits at a time. glibc maps blocks of 32 MB for themselves: their pages are cleared
-anew for every chunk, which takes longer than multiplying a little less at once."""
+CHUNK_BYTES = 52 * 2**20
+"""Of projected logits at a time, in one room for all chunks: every chunk reads the whole head, and
+new memory of this size would be cleared for each."""
 CHUNK_TOKENS = 256
 """But as many at least, so that reading the head costs little beside multiplying with it."""
+APART = 32
+"""Logits between rows: vocabularies are often multiples of 1,024, and rows that lie a multiple of
+4 KB apart share few places of a cache."""
 
 
 def trained_positions(batch: Batch) -> Tensor:
@@ -127,14 +131,14 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         wanted: bool,
     ) -> Tensor:
-        step = max(CHUNK_TOKENS, CHUNK_BYTES // (head.shape[0] * hidden.element_size()))
+        words, step = head.shape[0], _step(hidden, head)
+        room = hidden.new_empty(step, words + APART)
         losses, gradients = [], []
         for h, y in zip(hidden.split(step), targets.split(step), strict=True):
-            logits = ops.project(h, head, bias)
+            logits = ops.project(h, head, bias, out=room[: h.shape[0], :words])
             losses.append(ops.softmax_loss(logits, y, wanted))
             if wanted:
                 gradients.append(ops.project_back([(logits, head)]))
-            del logits  # so that the next chunk's lie in the same memory
         if wanted:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
@@ -145,6 +149,12 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors
         scaled = torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient))
         return scaled, None, None, None, None
+
+
+def _step(hidden: Tensor, head: Stored) -> int:
+    """Tokens of a chunk, about the same for all."""
+    most = max(CHUNK_TOKENS, CHUNK_BYTES // (head.shape[0] * hidden.element_size()))
+    return math.ceil(hidden.shape[0] / math.ceil(hidden.shape[0] / most))
 
 
 class _CrossEntropy(torch.autograd.Function):

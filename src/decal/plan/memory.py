@@ -43,6 +43,7 @@ Nothing here is fitted to a single run. What a number is, and where it comes fro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -50,7 +51,7 @@ from decal.plan.kept import holes, kept, layer_buffers, outside
 from decal.plan.setup import Setup
 from decal.plan.structure import stored
 
-CHUNK_BYTES = 31 * 2**20
+CHUNK_BYTES = 52 * 2**20
 CHUNK_TOKENS = 256
 CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**25}
 """As in objectives/sft.py: how many logits exist at a time. A test holds them equal."""
@@ -193,7 +194,8 @@ def _loss(setups: Sequence[Setup]) -> int:
     if s.trained.whole:  # all logits, and two float32 copies of a chunk
         chunk = min(N * V, max(V, CHUNK_ELEMENTS["cpu" if s.device == "cpu" else "other"]))
         return s.itemsize * N * V + 2 * 4 * chunk
-    rows = min(N, max(CHUNK_TOKENS, CHUNK_BYTES // (V * s.itemsize)))
+    most = max(CHUNK_TOKENS, CHUNK_BYTES // (V * s.itemsize))
+    rows = math.ceil(N / max(1, math.ceil(N / most)))
     chunk = s.itemsize * rows * V
     if not s.compiled:  # the softmax is float32 in torch, some rows at a time
         chunk += 2 * 4 * min(rows * V, 2**22)

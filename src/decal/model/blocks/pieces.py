@@ -77,9 +77,11 @@ class NormProject(Function):
         x, rstd, z, *_ = ctx.saved_tensors
         check_frozen(ctx)
         need_x, _, _, *need = ctx.needs_input_grad
-        back = Backward(ctx.group, grads, z, ctx.casts, (need_x, *need))
-        found = back.factors(ops.rms_norm(x, *ctx.norm)[0])
-        dn, dx = back.dx(), residual
+        n, _ = ops.rms_norm(x, *ctx.norm)
+        with ops.together():
+            back = Backward(ctx.group, grads, z, ctx.casts, (need_x, *need))
+            found, dn = back.factors(n), back.dx()
+        dx = residual
         if dn is not None:
             dx = ops.rms_norm_backward(dn, x, ctx.norm.weight, rstd, residual)
         return dx if need_x else None, None, None, *found
@@ -143,8 +145,10 @@ class ProjectAdd(Function):
         x, z, *_ = ctx.saved_tensors
         check_frozen(ctx)
         need_residual, need_x, _, *need = ctx.needs_input_grad
-        back = Backward(ctx.group, [grad], z, ctx.casts, (need_x, *need))
-        return grad if need_residual else None, back.dx(), None, *back.factors(x)
+        with ops.together():
+            back = Backward(ctx.group, [grad], z, ctx.casts, (need_x, *need))
+            dx, found = back.dx(), back.factors(x)
+        return grad if need_residual else None, dx, None, *found
 
 
 class GatedMLP(Function):
@@ -170,15 +174,19 @@ class GatedMLP(Function):
         check_frozen(ctx, ctx.second)
         need_x, _, _, _, *need = ctx.needs_input_grad
         split = len(ctx.group.factors)
-        down = Backward(ctx.second, [grad], z_down, ctx.casts_down, (True, *need[split:]))
-        dh = down.dx()
+        with ops.together():
+            down = Backward(ctx.second, [grad], z_down, ctx.casts_down, (True, *need[split:]))
+            dh = down.dx()
         assert dh is not None
         d_gate, d_up, h = ops.swiglu_backward(dh, gate, up)
-        found = down.factors(h)
+        with ops.together():
+            found = down.factors(h)
+            back = Backward(ctx.group, [d_gate, d_up], z, ctx.casts, (need_x, *need[:split]))
         del dh, h, down
-        back = Backward(ctx.group, [d_gate, d_up], z, ctx.casts, (need_x, *need[:split]))
-        found = back.factors(ops.rms_norm(x, *ctx.norm)[0]) + found
-        dn, dx = back.dx(), None
+        n, _ = ops.rms_norm(x, *ctx.norm)
+        with ops.together():
+            found, dn, dx = back.factors(n) + found, back.dx(), None
+        del n
         if dn is not None:
             dx = ops.rms_norm_backward(dn, x, ctx.norm.weight, rstd, grad)
         return dx, None, None, None, *found
