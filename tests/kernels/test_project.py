@@ -183,3 +183,19 @@ def test_no_rows(product: Callable[[Tensor, Stored], Tensor]) -> None:
     """Fails when an empty batch raises or leaves what was in the memory."""
     found = product(torch.zeros(0, IN), stored("dense", torch.float32))
     assert not bool(found.any())
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7, 16, 17])
+def test_what_lies_behind_a_row_is_not_looked_at(rank: int) -> None:
+    """Other adapters' columns, or memory that nobody has written. Fails in torch on a processor
+    with AMX where rows of odd length are not copied."""
+    amid = torch.full((ROWS, rank + 6), torch.nan, dtype=torch.bfloat16)[:, 2 : rank + 2]
+    amid.copy_(normal(ROWS, rank))
+    weight, x = stored("dense", torch.bfloat16), normal(ROWS, IN).bfloat16()
+    A, B = normal(rank, IN).bfloat16(), normal(OUT, rank).bfloat16()
+    grad = torch.full((ROWS, OUT + 3), torch.nan, dtype=torch.bfloat16)[:, :OUT]
+    grad.copy_(normal(ROWS, OUT))
+    for isa in ("none", *native.available()):
+        with native.forced(isa):
+            assert ops.project(x, weight, None, [Low(amid, B)]).isfinite().all()
+            assert ops.project_back([(grad, weight)], [Low(amid, A)]).isfinite().all()

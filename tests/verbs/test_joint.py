@@ -247,8 +247,10 @@ def test_fused_layers_in_bf16(kernels: str | None, tmp_path: Path) -> None:
     """llama, nf4, bf16, decoder layers fused: joint is alone to the bit, here.
 
     A row's products do not depend on the rows beside it as long as the products are cut alike,
-    which they are at this size. Fails when a segment is rounded once more than it is alone.
+    which they are at this size; oneDNN cuts them differently with AMX. Fails when a segment is
+    rounded once more than it is alone.
     """
+    cut_alike = kernels is not None or not torch.cpu._is_amx_tile_supported()
     path = zoo.save("llama", tmp_path / "base")
     with native.forced(kernels):
         model, _ = load_base(path, quant="nf4", dtype=torch.bfloat16)
@@ -257,4 +259,6 @@ def test_fused_layers_in_bf16(kernels: str | None, tmp_path: Path) -> None:
         assert set(model.decal_adapters.fused.values()) == {""}
         shares = shares_of(chosen, "flat")
         with sessions["low"].training():
-            assert_same(joint(sessions, shares), alone(sessions, shares), 0.0)
+            assert_same(
+                joint(sessions, shares), alone(sessions, shares), 0.0 if cut_alike else 2e-2
+            )

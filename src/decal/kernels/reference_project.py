@@ -99,9 +99,19 @@ def project(
         y = torch.nn.functional.linear(x, matrix)
         y = y if bias is None else y.add_(bias)
     for part in low:
-        y[part.rows].addmm_(part.z, part.factor.t())
+        y[part.rows].addmm_(_alone(part.z), part.factor.t())
     y = y if add is None else y.add_(add)
     return y if out is None else out.copy_(y)
+
+
+def _alone(x: Tensor) -> Tensor:
+    """x, but a copy where a row of it ends amid other values and torch would look at these.
+
+    oneDNN's products of bf16 with AMX (3.12) read one value more of rows of odd length, and
+    multiply it by zero: what lies behind a row must not be NaN.
+    """
+    odd = x.shape[1] % 2 == 1 and x.stride(0) != x.shape[1]
+    return x.contiguous() if odd and x.is_cpu and x.dtype == torch.bfloat16 else x
 
 
 def project_adapted(
@@ -137,11 +147,12 @@ def project_back(
     Returns:
         A new [T, K] in g's dtype.
     """
-    (first, weight), *others = parts
+    (first, weight), *others = [(_alone(grad), weight) for grad, weight in parts]
     dx = first @ stored_weight(weight, first.dtype)
     for grad, weight in others:
         dx.addmm_(grad, stored_weight(weight, grad.dtype))
-    for dz, A, begin in low:
+    for strided, A, begin in low:
+        dz = _alone(strided)
         own = dx[begin : begin + dz.shape[0]]
         if keep is None:
             own.addmm_(dz, A)
