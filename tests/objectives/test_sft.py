@@ -146,7 +146,7 @@ def test_projected_is_cross_entropy_in_float64(
     """Three tokens to a chunk: one token, a whole chunk, one token more, a last chunk of one.
     Mutations: leave out the upstream factor, the bias or the last chunk; give targets of the first
     chunk to all; average."""
-    monkeypatch.setattr(sft, "CHUNK_BYTES", 3 * V * 8)
+    monkeypatch.setattr(sft, "CHUNK_BYTES", 3 * (V + sft.APART) * 8)
     monkeypatch.setattr(sft, "CHUNK_TOKENS", 1)
     hidden, head, targets = operands(torch.float64)
     hidden, targets = hidden.detach()[:tokens].requires_grad_(), targets[:tokens].clone()
@@ -231,7 +231,7 @@ def test_evaluation_computes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_logits_exist_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutations: project all tokens at once; count words and not bytes."""
-    monkeypatch.setattr(sft, "CHUNK_BYTES", 3 * V * 2 + 1)
+    monkeypatch.setattr(sft, "CHUNK_BYTES", 3 * (V + sft.APART) * 2 + 1)
     monkeypatch.setattr(sft, "CHUNK_TOKENS", 1)
     hidden, head, targets = operands(torch.bfloat16)
     watched = Watched(monkeypatch)

@@ -23,6 +23,7 @@ def test_the_chunks_are_those_of_the_loss() -> None:
     """Mutation: change one of the two and not the other."""
     assert memory.CHUNK_BYTES == sft.CHUNK_BYTES
     assert memory.CHUNK_TOKENS == sft.CHUNK_TOKENS
+    assert memory.APART == sft.APART
     assert memory.CHUNK_ELEMENTS == sft.CHUNK_ELEMENTS
 
 
@@ -41,7 +42,7 @@ def test_the_logits_are_a_chunk() -> None:
     rows' logits; float32; one gradient; the rows that are not trained."""
     found = peak(setup())
     assert found.loss + found.buffers == max(
-        100 * VOCABULARY * 2 + 2 * 2 * 100 * H, layer_buffers(setup())
+        100 * (VOCABULARY + memory.APART) * 2 + 2 * 2 * 100 * H, layer_buffers(setup())
     )
 
 

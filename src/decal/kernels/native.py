@@ -203,7 +203,7 @@ def _bound(name: str, of: str) -> Any:
 
 def recorded() -> bool:
     """Whether torch's operators are recorded or replaced: torch.compile, tracing, fake tensors."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return True
     return bool(torch._C._len_torch_dispatch_stack())
 

@@ -81,6 +81,8 @@ class _Waiting(threading.local):
     """Products of the block that this thread is in; None outside."""
 
     products: list[_Product] | None = None
+    compiled = False
+    """Whether there is a kernel for them, looked up once for the block."""
 
 
 _WAITING = _Waiting()
@@ -97,7 +99,7 @@ class Together:
     def __enter__(self) -> None:
         self._outermost = _WAITING.products is None
         if self._outermost:
-            _WAITING.products = []
+            _WAITING.products, _WAITING.compiled = [], native.kernel("gemm") is not None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._outermost:
@@ -226,7 +228,8 @@ def _takes(rows: Sequence[tuple[Tensor, tuple[int, int]]], weights: Sequence[Sto
 
     The kernel trusts every size; what does not fit is left to torch, which says what is wrong.
     """
-    if native.kernel("gemm") is None:
+    waits = _WAITING.products is not None
+    if not (_WAITING.compiled if waits else native.kernel("gemm") is not None):
         return False
     return all(is_rows(*pair) for pair in rows) and all(
         readable(weight) or transposed(weight) for weight in weights

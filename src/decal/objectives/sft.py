@@ -47,9 +47,9 @@ from decal.kernels.stored import Stored
 POOLS = False
 CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**25}
 """Logits per chunk: 16 MB of fp32 suit a CPU's caches and allocator, 128 MB keep a GPU busy."""
-CHUNK_BYTES = 52 * 2**20
-"""Of projected logits at a time, in one room for all chunks: every chunk reads the whole head, and
-new memory of this size would be cleared for each."""
+CHUNK_BYTES = 2**25 - 2**16
+"""Of projected logits at a time, in one room for all chunks. glibc maps blocks of 32 MB for
+themselves: their pages are cleared anew, which takes longer than reading the head once more."""
 CHUNK_TOKENS = 256
 """But as many at least, so that reading the head costs little beside multiplying with it."""
 APART = 32
@@ -153,7 +153,8 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
 
 def _step(hidden: Tensor, head: Stored) -> int:
     """Tokens of a chunk, about the same for all."""
-    most = max(CHUNK_TOKENS, CHUNK_BYTES // (head.shape[0] * hidden.element_size()))
+    row = (head.shape[0] + APART) * hidden.element_size()
+    most = max(CHUNK_TOKENS, CHUNK_BYTES // row)
     return math.ceil(hidden.shape[0] / math.ceil(hidden.shape[0] / most))
 
 

@@ -51,8 +51,9 @@ from decal.plan.kept import holes, kept, layer_buffers, outside
 from decal.plan.setup import Setup
 from decal.plan.structure import stored
 
-CHUNK_BYTES = 52 * 2**20
+CHUNK_BYTES = 2**25 - 2**16
 CHUNK_TOKENS = 256
+APART = 32
 CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**25}
 """As in objectives/sft.py: how many logits exist at a time. A test holds them equal."""
 MASTER = GRADIENT = 4
@@ -194,9 +195,9 @@ def _loss(setups: Sequence[Setup]) -> int:
     if s.trained.whole:  # all logits, and two float32 copies of a chunk
         chunk = min(N * V, max(V, CHUNK_ELEMENTS["cpu" if s.device == "cpu" else "other"]))
         return s.itemsize * N * V + 2 * 4 * chunk
-    most = max(CHUNK_TOKENS, CHUNK_BYTES // (V * s.itemsize))
+    most = max(CHUNK_TOKENS, CHUNK_BYTES // ((V + APART) * s.itemsize))
     rows = math.ceil(N / max(1, math.ceil(N / most)))
-    chunk = s.itemsize * rows * V
+    chunk = s.itemsize * rows * (V + APART)
     if not s.compiled:  # the softmax is float32 in torch, some rows at a time
         chunk += 2 * 4 * min(rows * V, 2**22)
     return chunk + 2 * s.itemsize * N * H
