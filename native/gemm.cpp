@@ -29,67 +29,9 @@
 // more L2).
 #include <algorithm>
 
-#include "block_float.h"
-#include "dropout.h"
-#include "parallel.h"
-#include "room.h"
-#include "stored.h"
-#include "tile_product.h"
+#include "tile_sweep.h"
 
 namespace NAMESPACE {
-
-using decal::Range;
-
-// kernels/native_project.py has the same fields in the same order.
-struct Segment {
-    const bf16* a;
-    int64_t lda;
-    int64_t k;
-    int64_t begin, end;  // the rows of C that it serves; `a` begins with the first of them
-    int32_t across;
-    int32_t turned;  // `a` lies as [k, rows]; of a product's only segment
-    Stored weight;
-};
-
-enum Masked : int32_t { nothing = 0, after_leading = 1, left = 2, right = 3 };
-enum Output : int32_t { rounded = 0, floats = 1, floats_transposed = 2 };
-
-struct Product {
-    const Segment* segments;
-    int32_t count;
-    int32_t leading;  // segments at the beginning that `after_leading` masks; one a row at most
-    int64_t M, N;
-    const Keep* keep;
-    int32_t masked;
-    const bf16* bias;
-    const bf16* add;
-    int64_t ldadd;
-    void* out;
-    int64_t ldout;
-    int32_t output;
-    float factor;    // of what is left in floats
-    double seconds;  // what it took, for benches
-};
-
-constexpr int64_t DEPTH = 2048;
-// Gradients of factors, which alone are left in floats: few rows use a panel. 30 % less time with
-// AVX-512, 10 % with AVX2, than in passes of DEPTH.
-constexpr int64_t SHALLOW = 256;
-INLINE int64_t depth_of_pass(const Product& p) { return p.output == rounded ? DEPTH : SHALLOW; }
-#if DECAL_W == 16 && !defined(AMX)
-constexpr int WIDEST = 4;
-#else
-constexpr int WIDEST = 2;
-#endif
-constexpr int WIDTH = WIDEST * W;
-
-#if defined(DOT_BF16)
-using Panel = uint32_t;  // one pair of bf16
-constexpr int64_t STEP = 2;
-#else
-using Panel = float;
-constexpr int64_t STEP = 1;
-#endif
 
 // --- packing -------------------------------------------------------------------------------------
 
@@ -201,7 +143,7 @@ INLINE constexpr int tall(int vectors) {
 #endif
 
 #if defined(AMX)
-// tile_product.h
+// tile_sweep.h
 #elif defined(DOT_BF16)
 template <int V>
 void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c, bool fresh) {
@@ -266,15 +208,6 @@ void multiply(const Rows& rows, const Panel* panel, int64_t depth, float* c, boo
 #endif
 
 // --- one thread's part ---------------------------------------------------------------------------
-
-struct Piece {
-    const Segment* segment;
-    int64_t begin, end;  // of the segment's contraction
-    int64_t panel;       // where its panel begins
-    int64_t wide;        // and its rows as floats
-    bool shares;         // exponents: it is multiplied in integers
-    Integers integers;
-};
 
 INLINE int64_t panel_depth(int64_t k) { return STEP == 2 ? (k + 31) / 32 * 32 / 2 : k; }
 
@@ -345,234 +278,7 @@ struct Lefts {
 #endif
 };
 
-// One row of a strip in its final form.
-INLINE void finish_row(const Product& p, const float* sums, int64_t row, int64_t n0,
-                       int64_t width) {
-    const int64_t held = std::min(width, p.N - n0);
-    if (p.output == floats) {
-        float* out = static_cast<float*>(p.out) + row * p.ldout + n0;
-        for (int64_t j = 0; j < held; ++j) out[j] = p.factor * sums[j];
-        return;
-    }
-    bf16* out = static_cast<bf16*>(p.out) + row * p.ldout + n0;
-    const bf16* add = p.add ? p.add + row * p.ldadd + n0 : nullptr;
-    const bf16* bias = p.bias ? p.bias + n0 : nullptr;
-    int64_t j = 0;
-    for (; j + W <= held; j += W) {
-        vf y = load(sums + j);
-        if (bias) y += load(bias + j);
-        if (add) y += load(add + j);
-        store(out + j, y);
-    }
-    if (j < held) {
-        vf y = load(sums + j);
-        if (bias) y += load_part(bias + j, held - j);
-        if (add) y += load_part(add + j, held - j);
-        store_part(out + j, y, held - j);
-    }
-}
-
-inline void finish(const Product& p, const float* c, int64_t row, int rows, int64_t n0, int width) {
-    if (p.output == floats_transposed) {
-        for (int64_t j = 0; j < std::min<int64_t>(width, p.N - n0); ++j) {
-            float* out = static_cast<float*>(p.out) + (n0 + j) * p.ldout + row;
-            for (int i = 0; i < rows; ++i) out[i] = p.factor * c[i * width + j];
-        }
-        return;
-    }
-    for (int i = 0; i < rows; ++i) finish_row(p, c + i * width, row + i, n0, width);
-}
-
-// One pass over a strip: what of the contraction it covers, packed.
-struct Pass {
-    const Piece* pieces;
-    int count;
-    const Panel* panel;
-    bool first, last;
-    float* wide;   // room for the floats of a block of rows, all pieces
-    bool widened;  // they are there: the rows are one block, and met another strip before
-};
-
-// Behind the last leading piece of a row, its mask.
-INLINE bool masks(const Product& p, const Piece& piece) {
-    return p.masked == after_leading && piece.segment < p.segments + p.leading &&
-           piece.end == piece.segment->k;
-}
-INLINE void mask(const Product& p, int64_t row, int rows, int64_t n0, int width, float* c) {
-    for (int h = 0; h < rows; ++h)
-        drop(*p.keep, row + h, n0, std::min<int64_t>(width, p.N - n0), c + h * width);
-}
-
-struct Strip {
-    int64_t n0;
-    int vectors;
-    float* between;  // C of all rows in float, where there are several passes
-};
-
-#if defined(AMX)
-// A chunk of the contraction whose rows of A stay in L1 while strips pass by.
-#ifndef CH
-#define CH 20
-#endif
-constexpr int64_t CHUNK = CH;  // steps
-
-// What of a pass a block of rows meets, in stages: all strips go through one before the next.
-struct Stages {
-    static constexpr int MOST = 48;
-    Run runs[MOST];
-    int count = 0;
-    int ends[MOST];     // of each stage, in runs
-    bool masked[MOST];  // what they leave
-    int stages = 0;
-
-    void close(bool masks) {
-        ends[stages] = count;
-        masked[stages++] = masks;
-    }
-};
-
-// Rows of a whole strip that wait in floats: they are finished while the next is multiplied.
-struct Ending {
-    const float *at, *end;
-    bf16* out;
-    int64_t ldout;
-    const bf16 *bias, *add;
-    int64_t ldadd;
-
-    Ending() = default;
-    Ending(const Product& p, const float* c, Range rows, int64_t n0)
-        : at(c),
-          end(c + (rows.end - rows.begin) * WIDTH),
-          out(static_cast<bf16*>(p.out) + rows.begin * p.ldout + n0),
-          ldout(p.ldout),
-          bias(p.bias ? p.bias + n0 : nullptr),
-          add(p.add ? p.add + rows.begin * p.ldadd + n0 : nullptr),
-          ldadd(p.ldadd) {}
-
-    INLINE void go_on(int rows) {
-        for (; at < end && rows; --rows, at += WIDTH, out += ldout) {
-            vf low = load(at), high = load(at + W);
-            if (bias) low += load(bias), high += load(bias + W);
-            if (add) {
-                low += load(add), high += load(add + W);
-                add += ldadd;
-            }
-            _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
-        }
-    }
-};
-
-// Rows of a strip that wait to be masked before more is added to them.
-struct Masking {
-    const Keep* keep;
-    float* at;
-    int64_t row, end, n0, held, width;
-
-    INLINE void go_on(int rows) {
-        for (; row < end && rows; --rows, ++row, at += width) drop(*keep, row, n0, held, at);
-    }
-};
-
-// 32 rows of C, or fewer, that the same segments serve, against strips whose panels lie `apart`.
-inline void sweep(const Product& p, const Pass& pass, const Strip* strips, int64_t count,
-                  int64_t apart, Range rows, int64_t below) {
-    static thread_local Room<bf16> copies;
-    static thread_local Room<float> scratch;
-    const int height = static_cast<int>(rows.end - rows.begin);
-    Stages s;
-    int64_t copied = 0, deep = 0;
-    for (int i = 0; i < pass.count; ++i)
-        copied += pass.pieces[i].end - pass.pieces[i].begin + 2 * TILE_STEP;
-    bf16* copy = copies.get(TILE_ROWS * copied);
-    for (int i = 0; i < pass.count; ++i) {
-        const Piece& piece = pass.pieces[i];
-        const Segment& segment = *piece.segment;
-        if (rows.begin < segment.begin || rows.begin >= segment.end) continue;
-        const int64_t depth = piece.end - piece.begin;
-        const int64_t piece_steps = (depth + TILE_STEP - 1) / TILE_STEP;
-        int64_t left = piece_steps, lda = segment.lda, at = piece.panel;
-        const bf16* a = segment.a + (rows.begin - segment.begin) * lda + piece.begin;
-        const bool drops = p.masked == Masked::left;
-        bool a_goes_on = rows.end < segment.end;
-        // Tiles read whole rows of whole tiles; and rows 2 KB apart would share sets of L1.
-        if (drops || height < TILE_ROWS || depth % TILE_STEP || lda % 1024 == 0) {
-            const int64_t wide = left * TILE_STEP;
-            lda = wide + TILE_STEP;
-            for (int h = 0; h < TILE_ROWS; ++h) {
-                bf16* own = copy + h * lda;
-                int64_t held = h < height ? depth : 0;
-                if (held && drops)
-                    drop(*p.keep, rows.begin + h, piece.begin, held, a + h * segment.lda, own);
-                else if (held)
-                    memcpy(own, a + h * segment.lda, held * sizeof(bf16));
-                memset(own + held, 0, (wide - held) * sizeof(bf16));
-            }
-            a = copy;
-            a_goes_on = false;
-            copy += TILE_ROWS * lda;
-        }
-        const int64_t chunks = (left + CHUNK - 1) / CHUNK;
-        for (int64_t steps; left; left -= steps) {
-            steps = std::min(left, (piece_steps + chunks - 1) / chunks);
-            if (deep && deep + steps > CHUNK) s.close(false), deep = 0;
-            s.runs[s.count++] = {a, lda, steps, at, a_goes_on};
-            deep += steps;
-            a += steps * TILE_STEP, at += steps * TILE_STEP / 2;
-        }
-        if (masks(p, piece)) s.close(true), deep = 0;
-    }
-    s.close(false);
-    constexpr int64_t SIZE = TILE_ROWS * WIDTH;
-    Ending ending{};
-    float* own = scratch.get((s.stages > 1 ? count : 2) * SIZE);
-    auto masking = [&](int64_t i) INLINE_LAMBDA {
-        const int64_t n0 = strips[i].n0, width = strips[i].vectors * W;
-        const int64_t held = std::min(width, p.N - n0);
-        return Masking{p.keep, own + i * SIZE, rows.begin, rows.end, n0, held, width};
-    };
-    for (int stage = 0; stage < s.stages; ++stage) {
-        const Run* runs = s.runs + (stage ? s.ends[stage - 1] : 0);
-        const int held = static_cast<int>(s.runs + s.ends[stage] - runs);
-        const bool first = stage == 0, last = stage + 1 == s.stages;
-        // While a strip is multiplied the next one is masked.
-        const bool masked = stage && s.masked[stage - 1];
-        if (masked) masking(0).go_on(TILE_ROWS);
-        for (int64_t i = 0; i < count; ++i) {
-            const int width = strips[i].vectors * W;
-            float* c = own + (s.stages > 1 ? i : i % 2) * SIZE;
-            float* between = strips[i].between ? strips[i].between + below * width : nullptr;
-            const float* from = first ? nullptr : c;
-            if (first && !pass.first) {
-                from = between;
-                if (height < TILE_ROWS)
-                    from = static_cast<float*>(memcpy(c, between, height * width * sizeof(float)));
-            }
-            Masking behind = masked && i + 1 < count ? masking(i + 1) : Masking{};
-            auto meanwhile = [&]() INLINE_LAMBDA {
-                ending.go_on(2);
-                behind.go_on(2);
-            };
-            const Range soon =
-                decal::share(TILE_ROWS, static_cast<int>(i), static_cast<int>(count));
-            const Range next{soon.begin + TILE_ROWS, soon.end + TILE_ROWS};
-            const Panel* panel = pass.panel + i * apart;
-            if (width == WIDTH)
-                tile_product<2>(runs, held, panel, from, c, next, meanwhile);
-            else
-                tile_product<1>(runs, held, panel, from, c, next, meanwhile);
-            ending.go_on(TILE_ROWS);
-            behind.go_on(TILE_ROWS);
-            if (!last) continue;
-            if (!pass.last)
-                memcpy(between, c, height * width * sizeof(float));
-            else if (p.output != rounded || i + 1 == count || strips[i].n0 + WIDTH > p.N)
-                finish(p, c, rows.begin, height, strips[i].n0, width);
-            else
-                ending = Ending(p, c, rows, strips[i].n0);
-        }
-    }
-}
-#else
+#if !defined(AMX)
 // Rows that the same segments serve. `between` holds their C in float where there are several
 // passes.
 template <int V>
