@@ -89,7 +89,7 @@ inline Run rows_of(const Product& p, const Piece& piece, Range rows, bf16*& room
         int64_t held = h < height ? depth : 0;
         if (held && drops)
             drop(*p.keep, rows.begin + h, piece.begin, held, run.a + h * s.lda, own);
-        else
+        else if (held)
             memcpy(own, run.a + h * s.lda, held * sizeof(bf16));
         memset(own + held, 0, (wide - held) * sizeof(bf16));
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +75,21 @@ class _Product(ctypes.Structure):
         ("factor", ctypes.c_float),
         ("seconds", ctypes.c_double),
     )
+
+
+class _How(NamedTuple):
+    """What is done to a product beside multiplying."""
+
+    keep: Keep | None = None
+    masked: int = _NOTHING
+    leading: int = 0
+    """Segments that `_AFTER_LEADING` masks."""
+    output: int = _ROUNDED
+    factor: float = 1.0
+    """Of a sum that is left in float32."""
+
+
+_PLAIN = _How()
 
 
 class _Waiting(threading.local):
@@ -175,8 +190,7 @@ def project_back(
         held, turned = _held(weight)
         segments.append(_segment(grad, held, across=not turned))
     masked = _AFTER_LEADING if low and keep is not None else _NOTHING
-    read = (parts, low)
-    _multiply("project_back", segments, out, read, keep=keep, masked=masked, leading=len(low))
+    _multiply("project_back", segments, out, (parts, low), _How(keep, masked, len(low)))
     return out
 
 
@@ -194,7 +208,7 @@ def into_rank(x: Tensor, A: Tensor, keep: Keep | None = None, out: Tensor | None
             return out
     segments = [_segment(x, held, across=turned)]
     masked = _NOTHING if keep is None else _LEFT
-    _multiply("into_rank", segments, out, (x, A), keep=keep, masked=masked)
+    _multiply("into_rank", segments, out, (x, A), _How(keep, masked))
     return out
 
 
@@ -210,16 +224,8 @@ def over_rows(p: Tensor, q: Tensor, keep: Keep | None = None, scale: float = 1.0
     )
     masked = _NOTHING if keep is None else _RIGHT
     output = _TRANSPOSED if swapped else _FLOATS
-    _multiply(
-        "over_rows",
-        [segment],
-        out,
-        (p, q),
-        keep=keep,
-        masked=masked,
-        output=output,
-        factor=scale,
-    )
+    how = _How(keep, masked, output=output, factor=scale)
+    _multiply("over_rows", [segment], out, (p, q), how)
     return out
 
 
@@ -271,18 +277,14 @@ def _multiply(
     segments: list[_Segment],
     out: Tensor,
     read: Any,
+    how: _How = _PLAIN,
     *,
-    keep: Keep | None = None,
-    masked: int = _NOTHING,
-    leading: int = 0,
-    output: int = _ROUNDED,
-    factor: float = 1.0,
     bias: Tensor | None = None,
     add: Tensor | None = None,
 ) -> None:
-    M, N = out.shape if output != _TRANSPOSED else (out.shape[1], out.shape[0])
-    words = None
-    if keep is not None and masked != _NOTHING:
+    M, N = out.shape if how.output != _TRANSPOSED else (out.shape[1], out.shape[0])
+    words, keep = None, how.keep
+    if keep is not None and how.masked != _NOTHING:
         words = ctypes.pointer(
             _Keep(
                 *(x.data_ptr() for x in (keep.offset, keep.factor, keep.column, keep.least)),
@@ -292,18 +294,18 @@ def _multiply(
     product = _Product(
         segments=(_Segment * len(segments))(*segments),
         count=len(segments),
-        leading=leading,
+        leading=how.leading,
         M=M,
         N=N,
         keep=words,
-        masked=masked,
+        masked=how.masked,
         bias=pointer(bias),
         add=pointer(add),
         ldadd=0 if add is None else add.stride(0),
         out=out.data_ptr(),
         ldout=out.stride(0),
-        output=output,
-        factor=factor,
+        output=how.output,
+        factor=how.factor,
     )
     product.op, product.held = op, (read, out, keep, bias, add)
     if _WAITING.products is None:
