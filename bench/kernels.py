@@ -34,6 +34,7 @@ from bench.kernel_rows import FAMILIES, Call, Row  # noqa: E402
 from bench.peak import Peak  # noqa: E402
 from bench.shapes import KNOWN  # noqa: E402
 from decal.kernels import native  # noqa: E402
+from decal.model.heap import keeping_freed  # noqa: E402
 
 SAMPLE = 0.005
 """Seconds that one reading of the clock covers, at least."""
@@ -95,9 +96,12 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(given.threads)
     peak, memory = Peak(YARDSTICK), bandwidth()
     rows = []
-    for family in given.families:
-        print(f"{family} ...", file=sys.stderr, flush=True)
-        rows += [measured(row, given.rounds, peak, memory) for row in FAMILIES[family](given.shape)]
+    with keeping_freed():  # as in training: else every output's pages are cleared anew
+        for family in given.families:
+            print(f"{family} ...", file=sys.stderr, flush=True)
+            rows += [
+                measured(row, given.rounds, peak, memory) for row in FAMILIES[family](given.shape)
+            ]
     return {
         "shape": given.shape,
         "threads": given.threads,
@@ -133,10 +137,10 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     given = parsed()
     found = measure(given)
+    print(json.dumps(found) if given.json else performance_page.kernels(found))
     if given.write:
         name = f"kernels {given.shape} {found['isa']}"
         performance_page.write(given.write, name, performance_page.kernels(found))
-    print(json.dumps(found) if given.json else performance_page.kernels(found))
 
 
 if __name__ == "__main__":

@@ -244,10 +244,10 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     given = parsed()
     found = measure(given)
+    print(json.dumps(found) if given.json else performance_page.step(found))
     if given.write:
         name = f"step {given.shape} {found['isa']}"
         performance_page.write(given.write, name, performance_page.step(found))
-    print(json.dumps(found) if given.json else performance_page.step(found))
 
 
 if __name__ == "__main__":
