@@ -195,7 +195,5 @@ def test_what_lies_behind_a_row_is_not_looked_at(rank: int) -> None:
     A, B = normal(rank, IN).bfloat16(), normal(OUT, rank).bfloat16()
     grad = torch.full((ROWS, OUT + 3), torch.nan, dtype=torch.bfloat16)[:, :OUT]
     grad.copy_(normal(ROWS, OUT))
-    for isa in ("none", *native.available()):
-        with native.forced(isa):
-            assert ops.project(x, weight, None, [Low(amid, B)]).isfinite().all()
-            assert ops.project_back([(grad, weight)], [Low(amid, A)]).isfinite().all()
+    assert ops.project(x, weight, None, [Low(amid, B)]).isfinite().all()
+    assert ops.project_back([(grad, weight)], [Low(amid, A)]).isfinite().all()
