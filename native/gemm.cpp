@@ -133,8 +133,7 @@ struct Rows {
 };
 
 #if defined(AMX)
-constexpr int TALLEST = 32;
-INLINE constexpr int tall(int) { return 32; }
+constexpr int TALLEST = TILE_ROWS;
 #else
 constexpr int TALLEST = DECAL_W == 16 ? 12 : 6;
 INLINE constexpr int tall(int vectors) {
@@ -355,7 +354,7 @@ INLINE int next_width(int64_t left) {
 #if defined(AMX)
 // Tiles eat a panel faster than L3 delivers rows: panels of many strips fill L2, and each block of
 // rows meets them all while it is in L1.
-constexpr int64_t GROUP = 1 << 18, BLOCK = 32;
+constexpr int64_t GROUP = 1 << 18, BLOCK = TILE_ROWS;
 #elif DECAL_W < 16
 // So do blocks that rows must be widened for: once for all strips.
 constexpr int64_t GROUP = 1 << 16, BLOCK = TALLEST;
